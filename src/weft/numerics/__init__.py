@@ -1,0 +1,1 @@
+"""The algorithms: pure functions on tensors that know neither structures nor networks."""

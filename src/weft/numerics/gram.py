@@ -1,0 +1,287 @@
+"""Gram matrices as metrics: the second moment of what flows through a layer.
+
+A fit is nearest in ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖_F, where G = E[x xᵀ] is the input Gram, H the output Gram, and
+
+    Ĝ = G + shrinkage · mean(diag G) · I
+
+damps the noise of few samples. A `Gram` holds G and the ridge, and every method below acts with Ĝ, so that no
+family ever sees the raw moment. Three kinds cover all layers: dense; block-diagonal (grouped convolutions, where
+group i owns the i-th part of the weight's rows); diagonal (embeddings and inputs too wide for a square matrix).
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from weft import checks
+
+DEFAULT_SHRINKAGE = 0.1
+# Below this ratio of the least to the largest pivot, Cholesky's factor is noise and eigenvalues are floored instead.
+_SINGULAR = 1e-13
+
+
+class Gram(ABC):
+    """A positive semidefinite metric on row vectors of length `size`, shrunk towards the identity.
+
+    All methods take and return tensors in the caller's dtype; roots are computed in float64.
+    """
+
+    moment: Tensor
+    ridge: float
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The length of the vectors that the metric measures."""
+
+    @abstractmethod
+    def matmul(self, matrix: Tensor) -> Tensor:
+        """Multiplies rows by the metric: M Ĝ, (rows, size) -> (rows, size)."""
+
+    @abstractmethod
+    def whiten(self, matrix: Tensor) -> Tensor:
+        """Multiplies rows by the root: M R with R Rᵀ = Ĝ, (rows, size) -> (rows, size)."""
+
+    @abstractmethod
+    def unwhiten(self, matrix: Tensor) -> Tensor:
+        """Undoes `whiten`: M R⁻¹, (rows, size) -> (rows, size)."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """The diagonal of Ĝ, averaged over blocks, float64, shape (size,)."""
+
+    @abstractmethod
+    def average(self) -> "Gram":
+        """The same metric for every row: the mean over blocks; the Gram itself where it has no blocks."""
+
+    @abstractmethod
+    def restrict(self, indices: Tensor) -> "Gram":
+        """The metric on a subset of the coordinates, shape (size,) -> (len(indices),); the ridge stays."""
+
+    def squared_norm(self, matrix: Tensor) -> Tensor:
+        """The squared metric norm tr(M Ĝ Mᵀ) as a scalar tensor."""
+        return (self.matmul(matrix) * matrix).sum()
+
+    def dense(self) -> Tensor:
+        """Ĝ as a float64 matrix of shape (size, size); blocks are averaged."""
+        return self.average().matmul(torch.eye(self.size, dtype=torch.float64, device=self.moment.device))
+
+    def root(self) -> Tensor:
+        """A root R of Ĝ with R Rᵀ = Ĝ, float64, shape (size, size); blocks are averaged."""
+        return self.average().whiten(torch.eye(self.size, dtype=torch.float64, device=self.moment.device))
+
+    def digest(self) -> str:
+        """A hash of the contents, for caches."""
+        content = hashlib.sha256(type(self).__name__.encode())
+        content.update(repr(self.ridge).encode())
+        content.update(self.moment.contiguous().cpu().numpy().tobytes())
+        return content.hexdigest()
+
+
+def _ridge(diagonal: Tensor, shrinkage: float) -> float:
+    """The absolute ridge; a layer that never saw a signal gets the plain Frobenius norm."""
+    mean = float(diagonal.mean())
+    return shrinkage * mean if mean > 0 else 1.0
+
+
+def _check_moment(moment: Tensor, shrinkage: float) -> Tensor:
+    checks.finite("moment", moment)
+    if not shrinkage >= 0:
+        raise ValueError(checks.fault("shrinkage", "at least 0", shrinkage, "use the default 0.1"))
+    return moment.detach().to(torch.float64)
+
+
+def _root(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """R and R⁻¹ of a positive semidefinite matrix; a singular one has its eigenvalues floored."""
+    factor, fails = torch.linalg.cholesky_ex(metric)
+    pivots = factor.diagonal().square()
+    if not fails and bool(pivots.min() > _SINGULAR * pivots.max()):
+        identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+        return factor, torch.linalg.solve_triangular(factor, identity, upper=False)
+    values, vectors = torch.linalg.eigh(metric)
+    values = values.clamp_min(_SINGULAR * values.max().clamp_min(torch.finfo(values.dtype).tiny))
+    return vectors * values.sqrt(), vectors.T / values.sqrt()[:, None]
+
+
+class DenseGram(Gram):
+    """A full second moment.
+
+    Args:
+        moment: G = E[x xᵀ], shape (size, size).
+        shrinkage: the ridge in units of the mean diagonal.
+
+    Raises:
+        ValueError: the moment is not square or not finite, or the shrinkage is negative.
+
+    Examples:
+        >>> gram = DenseGram(torch.eye(2), shrinkage=0.5)
+        >>> gram.matmul(torch.ones(1, 2))
+        tensor([[1.5000, 1.5000]])
+    """
+
+    def __init__(self, moment: Tensor, shrinkage: float = DEFAULT_SHRINKAGE) -> None:
+        moment = _check_moment(moment, shrinkage)
+        if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
+            expected = "a square matrix"
+            raise ValueError(checks.fault("moment", expected, tuple(moment.shape), "pass E[x xᵀ]"))
+        self.moment = moment
+        self.ridge = _ridge(moment.diagonal(), shrinkage)
+
+    @property
+    def size(self) -> int:
+        return len(self.moment)
+
+    @cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        metric = self.moment.clone()
+        metric.diagonal().add_(self.ridge)
+        return _root(metric)
+
+    def matmul(self, matrix: Tensor) -> Tensor:
+        return matrix @ self.moment.to(matrix) + self.ridge * matrix
+
+    def whiten(self, matrix: Tensor) -> Tensor:
+        return matrix @ self._roots[0].to(matrix)
+
+    def unwhiten(self, matrix: Tensor) -> Tensor:
+        return matrix @ self._roots[1].to(matrix)
+
+    def diagonal(self) -> Tensor:
+        return self.moment.diagonal() + self.ridge
+
+    def average(self) -> "DenseGram":
+        return self
+
+    def restrict(self, indices: Tensor) -> "DenseGram":
+        part = DenseGram(self.moment[indices][:, indices])
+        part.ridge = self.ridge
+        return part
+
+
+class BlockDiagonalGram(Gram):
+    """One second moment per group of a grouped convolution.
+
+    The weight's rows are divided into as many equal parts as there are blocks; part i is measured by block i.
+
+    Args:
+        moment: the blocks, shape (groups, size, size).
+        shrinkage: the ridge in units of the mean diagonal over all blocks.
+
+    Raises:
+        ValueError: the blocks are not square or not finite, or the shrinkage is negative.
+    """
+
+    def __init__(self, moment: Tensor, shrinkage: float = DEFAULT_SHRINKAGE) -> None:
+        moment = _check_moment(moment, shrinkage)
+        if moment.ndim != 3 or moment.shape[1] != moment.shape[2]:
+            expected = "of shape (groups, size, size)"
+            raise ValueError(checks.fault("moment", expected, tuple(moment.shape), "stack the groups' moments"))
+        self.moment = moment
+        self.ridge = _ridge(moment.diagonal(dim1=1, dim2=2), shrinkage)
+
+    @property
+    def groups(self) -> int:
+        """The number of blocks."""
+        return len(self.moment)
+
+    @property
+    def size(self) -> int:
+        return self.moment.shape[1]
+
+    @cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        identity = torch.eye(self.size, dtype=self.moment.dtype, device=self.moment.device)
+        pairs = [_root(block + self.ridge * identity) for block in self.moment]
+        return torch.stack([root for root, _ in pairs]), torch.stack([inverse for _, inverse in pairs])
+
+    def _by_block(self, matrix: Tensor, blocks: Tensor) -> Tensor:
+        parts = matrix.reshape(self.groups, -1, self.size)
+        return (parts @ blocks.to(matrix)).reshape(matrix.shape)
+
+    def matmul(self, matrix: Tensor) -> Tensor:
+        return self._by_block(matrix, self.moment) + self.ridge * matrix
+
+    def whiten(self, matrix: Tensor) -> Tensor:
+        return self._by_block(matrix, self._roots[0])
+
+    def unwhiten(self, matrix: Tensor) -> Tensor:
+        return self._by_block(matrix, self._roots[1])
+
+    def diagonal(self) -> Tensor:
+        return self.moment.diagonal(dim1=1, dim2=2).mean(0) + self.ridge
+
+    def average(self) -> DenseGram:
+        mean = DenseGram(self.moment.mean(0))
+        mean.ridge = self.ridge
+        return mean
+
+    def restrict(self, indices: Tensor) -> "BlockDiagonalGram":
+        part = BlockDiagonalGram(self.moment[:, indices][:, :, indices])
+        part.ridge = self.ridge
+        return part
+
+
+class DiagonalGram(Gram):
+    """A diagonal second moment, for inputs too wide for a square matrix and for embeddings.
+
+    Args:
+        moment: E[x²] per coordinate, shape (size,).
+        shrinkage: the ridge in units of the mean.
+
+    Raises:
+        ValueError: the moment is not a finite vector, or the shrinkage is negative.
+    """
+
+    def __init__(self, moment: Tensor, shrinkage: float = DEFAULT_SHRINKAGE) -> None:
+        moment = _check_moment(moment, shrinkage)
+        if moment.ndim != 1:
+            raise ValueError(checks.fault("moment", "a vector", tuple(moment.shape), "pass E[x²] per input"))
+        self.moment = moment
+        self.ridge = _ridge(moment, shrinkage)
+
+    @property
+    def size(self) -> int:
+        return len(self.moment)
+
+    def matmul(self, matrix: Tensor) -> Tensor:
+        return matrix * self.diagonal().to(matrix)
+
+    def whiten(self, matrix: Tensor) -> Tensor:
+        return matrix * self.diagonal().sqrt().to(matrix)
+
+    def unwhiten(self, matrix: Tensor) -> Tensor:
+        scale = self.diagonal()
+        floor = _SINGULAR * float(scale.max())
+        return matrix / scale.clamp_min(floor).sqrt().to(matrix)
+
+    def diagonal(self) -> Tensor:
+        return self.moment + self.ridge
+
+    def average(self) -> "DiagonalGram":
+        return self
+
+    def restrict(self, indices: Tensor) -> "DiagonalGram":
+        part = DiagonalGram(self.moment[indices])
+        part.ridge = self.ridge
+        return part
+
+
+def squared_error(
+    error: Tensor, input_gram: Gram | None = None, output_gram: Gram | None = None
+) -> Tensor:
+    """The squared error ‖H^{1/2} E Ĝ^{1/2}‖²_F = tr(H E Ĝ Eᵀ).
+
+    Args:
+        error: E = W − Ŵ, shape (outputs, inputs).
+        input_gram: Ĝ; the identity where None.
+        output_gram: H; the identity where None.
+
+    Returns:
+        A scalar tensor.
+    """
+    right = error if input_gram is None else input_gram.matmul(error)
+    left = error if output_gram is None else output_gram.matmul(error.T).T
+    return (left * right).sum()

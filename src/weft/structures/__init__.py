@@ -1,0 +1,139 @@
+"""The families: this folder is the registry.
+
+Every module here but `base` holds one family. `families()` finds them, together with those that other packages
+register in the entry-point group `weft.structures`; the command line, JSON, documentation tables, planner, layers
+and schemes get families only from there.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from weft import checks
+from weft.structures.base import Structure
+
+ENTRY_POINTS = "weft.structures"
+
+
+@functools.cache
+def families() -> dict[str, type[Structure]]:
+    """All families by class name: the modules of this folder, then other packages' entry points.
+
+    Returns:
+        Names in alphabetical order.
+
+    Raises:
+        TypeError: a module or entry point does not hold exactly one family.
+        ValueError: two families have the same name.
+
+    Examples:
+        >>> "LowRank" in families()
+        True
+    """
+    found: list[type[Structure]] = []
+    for module in pkgutil.iter_modules(__path__):
+        if module.name != "base":
+            found.append(_only_family(f"{__name__}.{module.name}"))
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        family = entry.load()
+        if not (inspect.isclass(family) and issubclass(family, Structure)):
+            remedy = "let the entry point name the class, e.g. package.module:Family"
+            raise TypeError(checks.fault(f"entry point {entry.name}", "a Structure", repr(family), remedy))
+        found.append(family)
+    named: dict[str, type[Structure]] = {}
+    for family in sorted(found, key=lambda family: family.__name__):
+        if family.__name__ in named:
+            got = f"{family.__name__} twice"
+            raise ValueError(checks.fault("family names", "unique", got, "rename or uninstall one"))
+        named[family.__name__] = family
+    return named
+
+
+def _only_family(module_name: str) -> type[Structure]:
+    module = importlib.import_module(module_name)
+    own = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Structure)
+        and not inspect.isabstract(value)
+        and value.__module__ == module_name
+    ]
+    if len(own) != 1:
+        got = ", ".join(value.__name__ for value in own) or "none"
+        raise TypeError(checks.fault(f"families in {module_name}", "exactly one", got, "one family per file"))
+    return own[0]
+
+
+def family(name: str) -> type[Structure]:
+    """One family by class name.
+
+    Args:
+        name: such as "LowRank".
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: no family has this name.
+    """
+    known = families()
+    if name not in known:
+        raise ValueError(checks.fault("family", f"one of {', '.join(known)}", repr(name), "check the spelling"))
+    return known[name]
+
+
+def select(wanted: str | Iterable[str | type[Structure]]) -> list[type[Structure]]:
+    """The families meant by "all", by names, or by classes.
+
+    Args:
+        wanted: "all", one name, names separated by commas, or an iterable of names and classes.
+
+    Returns:
+        The classes, each once, in the order given.
+
+    Raises:
+        ValueError: a name is unknown or nothing is named.
+    """
+    if wanted == "all":
+        return list(families().values())
+    items = [part.strip() for part in wanted.split(",") if part.strip()] if isinstance(wanted, str) else list(wanted)
+    if not items:
+        raise ValueError(checks.fault("families", "named", "none", 'use "all" or name one, e.g. LowRank'))
+    return list(dict.fromkeys(family(item) if isinstance(item, str) else item for item in items))
+
+
+def from_json(data: Mapping[str, Any]) -> Structure:
+    """The structure that `Structure.to_json` wrote.
+
+    Args:
+        data: a dictionary with the key "family"; nested structures are dictionaries of the same kind.
+
+    Returns:
+        An equal structure.
+
+    Raises:
+        TypeError: the data is no dictionary, or a value has the wrong type.
+        ValueError: the family or a field is unknown, or a value is impossible.
+
+    Examples:
+        >>> str(from_json({"family": "LowRank", "rank": 8}))
+        'LowRank(rank=8)'
+    """
+    if not isinstance(data, Mapping) or "family" not in data:
+        remedy = 'write e.g. {"family": "LowRank", "rank": 8}'
+        raise TypeError(checks.fault("structure", 'a dictionary with the key "family"', repr(data), remedy))
+    values = {name: _nested(value) for name, value in data.items() if name != "family"}
+    return family(data["family"]).from_fields(values)
+
+
+def _nested(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return from_json(value)
+    if isinstance(value, list):
+        return [_nested(item) for item in value]
+    return value

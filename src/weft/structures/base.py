@@ -1,0 +1,641 @@
+"""The contract between families of matrices and everything that uses them.
+
+A `Structure` is a family together with its size: a frozen value without tensors. A `StructuredMatrix` is one member:
+a module that holds exactly the stored tensors and can be applied. Layers, planner, schemes, storage, command line
+and report know families only through these two classes.
+
+A class here is abstract or final. Public methods validate and are not overridden where an underscored twin exists
+(`fit` and `_fit`); the underscored one computes. Methods with a default that a family may replace say so.
+"""
+
+import itertools
+import math
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft import checks
+from weft.numerics.gram import BlockDiagonalGram, DenseGram, DiagonalGram, Gram, squared_error
+
+__all__ = [
+    "BlockDiagonalGram",
+    "Candidate",
+    "Cost",
+    "DenseGram",
+    "DiagonalGram",
+    "Geometry",
+    "Gram",
+    "Rectangle",
+    "Structure",
+    "StructuredMatrix",
+    "ladder",
+    "matrix_shape",
+    "relative_error",
+]
+
+Shape = tuple[int, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+@dataclass(frozen=True, order=True)
+class Cost:
+    """What a weight costs.
+
+    Attributes:
+        parameters: real coefficients before packing, scales and codebooks included, indices and codes not.
+        bytes: those of the stored tensors.
+        multiply_adds: per input vector; for a convolution per image where its input size is known, else per position.
+    """
+
+    parameters: int = 0
+    bytes: int = 0
+    multiply_adds: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.parameters + other.parameters,
+            self.bytes + other.bytes,
+            self.multiply_adds + other.multiply_adds,
+        )
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.parameters - other.parameters,
+            self.bytes - other.bytes,
+            self.multiply_adds - other.multiply_adds,
+        )
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution's kernel meets its input, for any number of spatial axes.
+
+    Attributes:
+        stride: one step per spatial axis.
+        padding: (before, after) per spatial axis, so that an asymmetric "same" padding is exact.
+        dilation: one spacing per spatial axis.
+        groups: number of groups.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        input_size: the input's spatial size where it is known; costs are then per image.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    padding_mode: str = "zeros"
+    input_size: tuple[int, ...] | None = None
+
+    def output_size(self, kernel: Sequence[int], input_size: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The output's spatial size.
+
+        Args:
+            kernel: the kernel's spatial size.
+            input_size: the input's spatial size; the geometry's own where None.
+
+        Returns:
+            One size per spatial axis.
+
+        Raises:
+            ValueError: neither gives an input size.
+        """
+        size = self.input_size if input_size is None else input_size
+        if size is None:
+            raise ValueError(checks.fault("input_size", "known", None, "survey the model with batches"))
+        return tuple(
+            (extent + sum(pads) - dilation * (width - 1) - 1) // stride + 1
+            for extent, pads, dilation, width, stride in zip(
+                size, self.padding, self.dilation, kernel, self.stride, strict=True
+            )
+        )
+
+    def positions(self, kernel: Sequence[int]) -> int:
+        """How often the kernel is applied per image; 1 where the input size is unknown.
+
+        Args:
+            kernel: the kernel's spatial size.
+
+        Returns:
+            The number of output positions.
+        """
+        return 1 if self.input_size is None else math.prod(self.output_size(kernel))
+
+    def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Applies the padding that a convolution cannot do itself.
+
+        Args:
+            x: images, shape (*batch, channels, *space).
+
+        Returns:
+            The padded images and the symmetric zero padding that is left to the convolution.
+        """
+        if self.padding_mode == "zeros" and all(before == after for before, after in self.padding):
+            return x, tuple(before for before, _ in self.padding)
+        flat = list(itertools.chain.from_iterable(reversed(self.padding)))
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, flat, mode=mode), (0,) * len(self.padding)
+
+    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The dense convolution with this geometry.
+
+        Args:
+            x: images, shape (batch, channels, *space) or without the batch axis.
+            kernel: shape (outputs, channels / groups, *kernel).
+            bias: shape (outputs,).
+
+        Returns:
+            Shape (batch, outputs, *space).
+        """
+        x, padding = self.pad(x)
+        return CONVOLUTIONS[len(self.stride)](x, kernel, bias, self.stride, padding, self.dilation, self.groups)
+
+
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """One block of a structure's picture, in units of the matrix's rows and columns.
+
+    Attributes:
+        row: first row.
+        column: first column.
+        rows: height.
+        columns: width.
+        kind: what the block holds; the report colours low rank green and dense red.
+        label: short text written into the block, such as its rank.
+        factor: which factor of a product the block belongs to; 0 for structures of one factor.
+    """
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+    kind: Literal["dense", "low_rank", "sparse", "zero", "coded"] = "dense"
+    label: str = ""
+    factor: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of an error curve.
+
+    Attributes:
+        structure: the family and its size.
+        cost: what the member costs.
+        error: the relative error ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖_F / ‖H^{1/2}WĜ^{1/2}‖_F.
+    """
+
+    structure: "Structure"
+    cost: Cost
+    error: float
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The matrix that a weight is to a family that knows only matrices.
+
+    Args:
+        shape: (outputs, inputs) or (outputs, channels, *kernel).
+
+    Returns:
+        (outputs, inputs) with channels and kernel axes merged, row-major.
+
+    Raises:
+        ValueError: it has fewer than two axes or an empty one.
+
+    Examples:
+        >>> matrix_shape((64, 32, 3, 3))
+        (64, 288)
+    """
+    if len(shape) < 2 or any(size < 1 for size in shape):
+        expected = "(outputs, inputs) or (outputs, channels, *kernel), no axis empty"
+        raise ValueError(checks.fault("shape", expected, tuple(shape), "pass a weight's own shape"))
+    return int(shape[0]), math.prod(int(size) for size in shape[1:])
+
+
+def ladder(low: int, high: int, *, ratio: float = 1.25) -> Iterator[int]:
+    """Sizes from `low` to `high`, both included, each about `ratio` times the one before, without repetition.
+
+    Args:
+        low: the first size, at least 1.
+        high: the last size; nothing is yielded where it is below `low`.
+        ratio: the growth per step.
+
+    Yields:
+        Increasing whole numbers.
+
+    Examples:
+        >>> list(ladder(1, 10, ratio=2))
+        [1, 2, 4, 8, 10]
+    """
+    size = low
+    while size < high:
+        yield size
+        size = max(size + 1, round(size * ratio))
+    if high >= low:
+        yield high
+
+
+def relative_error(
+    weight: Tensor, approximation: Tensor, *, input_gram: Gram | None = None, output_gram: Gram | None = None
+) -> float:
+    """The relative error of an approximation in the fit's norm.
+
+    Args:
+        weight: W, any weight's shape.
+        approximation: Ŵ, the same shape.
+        input_gram: Ĝ; the identity where None.
+        output_gram: H; the identity where None.
+
+    Returns:
+        ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖_F / ‖H^{1/2}WĜ^{1/2}‖_F; 0 where both vanish.
+    """
+    dense = weight.detach().to(torch.float64).reshape(weight.shape[0], -1)
+    error = dense - approximation.detach().to(torch.float64).reshape(dense.shape)
+    size = float(squared_error(dense, input_gram, output_gram))
+    distance = max(float(squared_error(error, input_gram, output_gram)), 0.0)
+    if size <= 0:
+        return 0.0 if distance <= 0 else math.inf
+    return math.sqrt(distance / size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The member
+
+
+class StructuredMatrix(nn.Module, ABC):
+    """One member of a family: holds exactly the stored tensors and can be applied.
+
+    Stored tensors are the module's parameters (trainable) and persistent buffers (indices, codes). Copies packed for
+    kernels are non-persistent buffers. A subclass's constructor takes `(structure, shape, **stored tensors)`.
+
+    Attributes:
+        structure: the family with its sizes as they came out; a tolerance has become ranks where the family has them.
+        shape: the weight's own shape, (outputs, inputs) or (outputs, channels, *kernel).
+    """
+
+    structure: "Structure"
+    shape: Shape
+
+    def __init__(self, structure: "Structure", shape: Sequence[int]) -> None:
+        super().__init__()
+        self.structure = structure
+        self.shape = tuple(int(size) for size in shape)
+        self.outputs, self.inputs = matrix_shape(self.shape)
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the matrix: (*batch, inputs) -> (*batch, outputs); never by rebuilding the dense weight."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The dense weight in its own shape, by a route independent of `forward`."""
+
+    @abstractmethod
+    def rows(self, indices: Tensor) -> Tensor:
+        """The rows asked for, without forming the matrix: (*batch,) of integers -> (*batch, inputs)."""
+
+    @abstractmethod
+    def multiply_adds(self, geometry: Geometry | None = None) -> int:
+        """Multiply-adds of one application, counted from the tensors; per image where the geometry has a size."""
+
+    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Applies matrix and bias; a family whose last product can add the bias replaces this.
+
+        Args:
+            x: shape (*batch, inputs).
+            bias: shape (outputs,), or None.
+
+        Returns:
+            Shape (*batch, outputs).
+        """
+        return self(x) if bias is None else self(x) + bias
+
+    def convolve(self, x: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
+        """Applies the member as a convolution; here by unfolding, a family that knows the kernel's axes replaces this.
+
+        Args:
+            x: images, shape (batch, channels, *space).
+            geometry: stride, padding, dilation, groups.
+            bias: shape (outputs,), or None.
+
+        Returns:
+            Shape (batch, outputs, *space).
+
+        Raises:
+            ValueError: the kernel has three spatial axes or the convolution is grouped.
+        """
+        kernel = self.shape[2:]
+        if len(kernel) not in (1, 2) or geometry.groups != 1:
+            remedy = "leave this layer dense or choose a family that runs as a chain of convolutions"
+            got = f"{len(kernel)} spatial axes and {geometry.groups} groups"
+            raise ValueError(checks.fault("geometry", "an ungrouped 1-D or 2-D convolution", got, remedy))
+        size = geometry.output_size(kernel, x.shape[2:])
+        x, padding = geometry.pad(x)
+        stride, dilation = geometry.stride, geometry.dilation
+        if len(kernel) == 1:  # F.unfold knows images only
+            x, kernel, padding = x.unsqueeze(2), (1, *kernel), (0, *padding)
+            stride, dilation = (1, *stride), (1, *dilation)
+        patches = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)
+        return self.affine(patches, bias).transpose(1, 2).reshape(len(x), self.outputs, *size)
+
+    def parameter_count(self) -> int:
+        """Real coefficients; here every floating stored tensor, a family of codes replaces this."""
+        return sum(tensor.numel() for tensor in self.stored().values() if tensor.is_floating_point())
+
+    def cost(self, geometry: Geometry | None = None) -> Cost:
+        """What the member costs, counted from its tensors.
+
+        Args:
+            geometry: the convolution's; its input size makes the multiply-adds those of an image.
+
+        Returns:
+            Parameters, bytes and multiply-adds.
+        """
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.stored().values())
+        return Cost(self.parameter_count(), size, self.multiply_adds(geometry))
+
+    def stored(self) -> dict[str, Tensor]:
+        """The stored tensors by name, detached; nested members have dotted names."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    def relax(self) -> "StructuredMatrix":
+        """A trainable stand-in for values that do not train as they are; here the member itself."""
+        return self
+
+    def harden(self) -> "StructuredMatrix":
+        """Back from `relax`; here the member itself."""
+        return self
+
+    def picture(self) -> list[Rectangle]:
+        """The structure drawn as blocks; here one dense block, a family with blocks replaces this."""
+        return [Rectangle(0, 0, self.outputs, self.inputs)]
+
+    def extra_repr(self) -> str:
+        return f"{self.structure}, shape={self.shape}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The family
+
+
+@dataclass(frozen=True)
+class Structure(ABC):
+    """A family of matrices together with its size.
+
+    A subclass is a frozen dataclass whose fields are numbers, strings, None, structures, or tuples of these. It gets
+    JSON, equality and hashing from its fields, and a place in every table from standing in the folder.
+    """
+
+    source: ClassVar[str]
+
+    # -- sizes
+
+    @classmethod
+    @abstractmethod
+    def candidates(cls, shape: Shape, inner: Iterable["Structure"] = ()) -> Iterator[Self]:
+        """The ladder of sizes, cheapest first; a wrapper builds on `inner`, the other families' candidates."""
+
+    @abstractmethod
+    def parameter_count(self, shape: Shape) -> int | None:
+        """Real coefficients of a member; None where the size depends on the weight."""
+
+    @abstractmethod
+    def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int | None:
+        """Multiply-adds of a member per input vector, or per image; None where the size depends on the weight."""
+
+    def refusal(self, shape: Shape, geometry: Geometry | None = None) -> str | None:
+        """Why this family cannot take a layer; None where it can. A family with wider abilities replaces this.
+
+        Args:
+            shape: the weight's shape.
+            geometry: the convolution's, or None for a linear layer.
+
+        Returns:
+            The reason, worded to follow "left dense, because".
+        """
+        if geometry is None:
+            return None
+        if geometry.groups != 1:
+            return f"it is a grouped convolution ({geometry.groups} groups)"
+        if len(shape) > 4:
+            return f"it is a convolution with {len(shape) - 2} spatial axes"
+        return None
+
+    # -- members
+
+    def fit(
+        self,
+        weight: Tensor,
+        *,
+        input_gram: Gram | None = None,
+        output_gram: Gram | None = None,
+        start: StructuredMatrix | None = None,
+        generator: torch.Generator | None = None,
+    ) -> StructuredMatrix:
+        """The member nearest to a weight in ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖_F.
+
+        Computed in float64 for float64 weights, else in float32; stored in the weight's dtype.
+
+        Args:
+            weight: W, shape (outputs, inputs) or (outputs, channels, *kernel), floating.
+            input_gram: Ĝ of the layer's inputs (of its patches for a convolution); the identity where None.
+            output_gram: H of the layer's outputs; the identity where None.
+            start: a member of the same family to start from; the result is never worse.
+            generator: the source of randomness; a fixed seed where None, so that fits repeat.
+
+        Returns:
+            The member.
+
+        Raises:
+            TypeError: the weight is no floating tensor, or the start no structured matrix.
+            ValueError: the weight is not finite, a Gram or the start does not fit its shape, or the structure's size
+                is impossible for it.
+        """
+        checks.weight(weight)
+        shape = tuple(weight.shape)
+        outputs, inputs = matrix_shape(shape)
+        self._check_gram("input_gram", input_gram, inputs, "columns", outputs)
+        self._check_gram("output_gram", output_gram, outputs, "rows", outputs)
+        self.check(shape)
+        if start is not None:
+            if not isinstance(start, StructuredMatrix):
+                got = type(start).__name__
+                raise TypeError(checks.fault("start", "a structured matrix", got, "pass a member or None"))
+            checks.shape("start", start.shape, shape, "start from a member fitted to a weight of this shape")
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dense = weight.detach().to(dtype).contiguous()
+        with torch.no_grad():
+            member = self._fit(
+                dense, input_gram=input_gram, output_gram=output_gram, start=start, generator=generator
+            ).to(weight.dtype)
+            if start is not None and start.structure == member.structure:
+
+                def error(candidate: StructuredMatrix) -> float:
+                    return relative_error(
+                        dense, candidate.to_dense(), input_gram=input_gram, output_gram=output_gram
+                    )
+
+                if error(start) < error(member):
+                    member = self.from_tensors(
+                        shape, {name: tensor.clone() for name, tensor in start.stored().items()}
+                    ).to(weight.dtype)
+        return member
+
+    @abstractmethod
+    def _fit(
+        self,
+        weight: Tensor,
+        *,
+        input_gram: Gram | None,
+        output_gram: Gram | None,
+        start: StructuredMatrix | None,
+        generator: torch.Generator | None,
+    ) -> StructuredMatrix:
+        """The member nearest to a checked, contiguous float32 or float64 weight."""
+
+    @abstractmethod
+    def initialise(
+        self,
+        shape: Shape,
+        *,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> StructuredMatrix:
+        """A random member to train from scratch, scaled so that signals keep their size."""
+
+    @abstractmethod
+    def from_tensors(self, shape: Shape, tensors: Mapping[str, Tensor]) -> StructuredMatrix:
+        """The member with the given stored tensors (dotted names for nested members); refuses what does not fit."""
+
+    def check(self, shape: Shape) -> None:
+        """Checks that the size is possible for a weight; a family with bounds replaces this.
+
+        Args:
+            shape: the weight's shape.
+
+        Raises:
+            ValueError: the shape is no weight's, or the size is impossible for it.
+        """
+        matrix_shape(shape)
+
+    @classmethod
+    def error_curve(
+        cls,
+        weight: Tensor,
+        *,
+        input_gram: Gram | None = None,
+        output_gram: Gram | None = None,
+        geometry: Geometry | None = None,
+        inner: Iterable["Structure"] = (),
+    ) -> list[Candidate]:
+        """Cost and error over the ladder of sizes; here every candidate is fitted, warm-started from the one before.
+
+        Args:
+            weight: W.
+            input_gram: Ĝ.
+            output_gram: H.
+            geometry: the convolution's; its input size makes multiply-adds those of an image.
+            inner: other families' candidates, for wrappers.
+
+        Returns:
+            One candidate per size, cheapest first.
+        """
+        curve = []
+        for structure in cls.candidates(tuple(weight.shape), inner):
+            member = structure.fit(weight, input_gram=input_gram, output_gram=output_gram)
+            error = relative_error(weight, member.to_dense(), input_gram=input_gram, output_gram=output_gram)
+            curve.append(Candidate(structure, member.cost(geometry), error))
+        return curve
+
+    # -- JSON
+
+    def to_json(self) -> dict[str, Any]:
+        """The structure as JSON-ready data; fields at their default are left out.
+
+        Returns:
+            A dictionary that starts with the family's name.
+        """
+        data: dict[str, Any] = {"family": type(self).__name__}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.default is MISSING or value != field.default:
+                data[field.name] = _to_data(value)
+        return data
+
+    @classmethod
+    def from_fields(cls, data: Mapping[str, Any]) -> Self:
+        """Builds a structure of this family from JSON data whose nested structures are already built.
+
+        Args:
+            data: values by field name, without the family.
+
+        Returns:
+            The structure.
+
+        Raises:
+            ValueError: a field is unknown or missing.
+        """
+        known = {field.name: field for field in fields(cls)}
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            remedy = f"known are {', '.join(known) or 'none'}"
+            raise ValueError(checks.fault(f"fields of {cls.__name__}", "known", ", ".join(unknown), remedy))
+        missing = [name for name, field in known.items() if field.default is MISSING and name not in data]
+        if missing:
+            raise ValueError(
+                checks.fault(f"fields of {cls.__name__}", "complete", f"none for {', '.join(missing)}", "add them")
+            )
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: _from_data(value, hints[name]) for name, value in data.items()})
+
+    def __str__(self) -> str:
+        shown = [
+            f"{field.name}={getattr(self, field.name)!s}"
+            for field in fields(self)
+            if field.default is MISSING or getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @staticmethod
+    def _check_gram(argument: str, gram: Gram | None, size: int, side: str, outputs: int) -> None:
+        if gram is None:
+            return
+        if not isinstance(gram, Gram):
+            got = type(gram).__name__
+            raise TypeError(checks.fault(argument, "a Gram", got, "wrap the moment, e.g. DenseGram(moment)"))
+        if gram.size != size:
+            expected = f"of size {size}, one per weight {side[:-1]}"
+            raise ValueError(checks.fault(argument, expected, gram.size, "survey this layer's own data"))
+        if isinstance(gram, BlockDiagonalGram) and outputs % gram.groups:
+            expected = f"of a number of blocks that divides the {outputs} outputs"
+            raise ValueError(checks.fault(argument, expected, gram.groups, "use the convolution's groups"))
+
+
+def _to_data(value: object) -> object:
+    """One field's value as JSON-ready data."""
+    if isinstance(value, Structure):
+        return value.to_json()
+    if isinstance(value, tuple):
+        return [_to_data(item) for item in value]
+    return value
+
+
+def _from_data(value: Any, hint: object) -> Any:
+    """One field's value from JSON data: lists become tuples, whole floats stay as the hint wants them."""
+    if isinstance(value, list):
+        return tuple(_from_data(item, Any) for item in value)
+    wanted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, int) and not isinstance(value, bool) and float in wanted and int not in wanted:
+        return float(value)  # 1 and 1.0 are the same JSON number and must give the same hash
+    return value
