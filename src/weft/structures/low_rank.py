@@ -97,11 +97,22 @@ class LowRank(Structure):
         generator: torch.Generator | None,
     ) -> "LowRankMatrix":
         matrix = weight.flatten(1)
-        if isinstance(input_gram, BlockDiagonalGram):
-            left, right = self._fit_groups(matrix, input_gram, output_gram, generator)
-        else:
-            left, right = self._project(matrix, input_gram, output_gram, generator)
-        left, right = _balance(left, right)
+        groups = isinstance(input_gram, BlockDiagonalGram)
+        closed_form = self.method == "svd" and not groups
+        # Without a closed form the plain fit may happen to be the better one in the weighted norm.
+        metrics = [(input_gram, output_gram)]
+        if not closed_form and (input_gram is not None or output_gram is not None):
+            metrics.append((None, None))
+        fits = []
+        for column_metric, row_metric in metrics:
+            mean = None if column_metric is None else column_metric.average()
+            left, right = self._project(matrix, mean, row_metric, generator)
+            if groups and output_gram is None:
+                left = _solve_left_by_group(matrix, right, input_gram)
+            fits.append((left, right))
+        if len(fits) > 1:
+            fits.sort(key=lambda fit: float(squared_error(matrix - fit[0] @ fit[1], input_gram, output_gram)))
+        left, right = _balance(*fits[0])
         return LowRankMatrix(self, weight.shape, left, right.reshape(self.rank, *weight.shape[1:]))
 
     def _project(
@@ -130,32 +141,6 @@ class LowRank(Structure):
                 left, _ = adaptive_cross_approximation(matrix, self.rank)
         # Householder's Q is orthonormal whatever the columns: zeros stand in where the matrix had no more to give.
         return torch.linalg.qr(F.pad(left, (0, self.rank - left.shape[1]))).Q
-
-    def _fit_groups(
-        self,
-        matrix: Tensor,
-        input_gram: BlockDiagonalGram,
-        output_gram: Gram | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Groups share R but have metrics of their own: no closed form, so the better of two starts, L re-solved.
-
-        R is fitted once in the mean metric and once in none; with R fixed and no output Gram, the optimal L has the
-        rows of group i as W_i Ĝ_i Rᵀ (R Ĝ_i Rᵀ)⁻¹, hence the result is never worse than the plain fit.
-        """
-        best: tuple[Tensor, Tensor] | None = None
-        least = math.inf
-        for gram in (input_gram.average(), None):
-            left, right = self._project(matrix, gram, output_gram, generator)
-            if output_gram is None:
-                metric = input_gram.matmul(right.repeat(input_gram.groups, 1))  # R Ĝ_i, one block per group
-                metric = metric.reshape(input_gram.groups, self.rank, -1)
-                target = matrix.reshape(input_gram.groups, -1, matrix.shape[1]) @ metric.mT
-                left = torch.linalg.lstsq(metric @ right.T, target.mT, driver="gelsd").solution.mT.reshape_as(left)
-            error = float(squared_error(matrix - left @ right, input_gram, output_gram))
-            if error < least or best is None:
-                best, least = (left, right), error
-        return best
 
     def initialise(
         self, shape: Shape, *, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
@@ -213,6 +198,14 @@ def _break_even(shape: Shape) -> int:
     """The largest rank that stores fewer numbers than the dense weight, at least 1."""
     outputs, inputs = matrix_shape(shape)
     return max(1, (outputs * inputs - 1) // (outputs + inputs))
+
+
+def _solve_left_by_group(matrix: Tensor, right: Tensor, gram: BlockDiagonalGram) -> Tensor:
+    """The best L for a given R where every group of rows has its own metric: L_i = W_i Ĝ_i Rᵀ (R Ĝ_i Rᵀ)⁻¹."""
+    metric = gram.matmul(right.repeat(gram.groups, 1)).reshape(gram.groups, *right.shape)  # R Ĝ_i
+    target = matrix.reshape(gram.groups, -1, matrix.shape[1]) @ metric.mT
+    solution = torch.linalg.lstsq(metric @ right.T, target.mT, driver="gelsd").solution
+    return solution.mT.reshape(len(matrix), -1)
 
 
 def _balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

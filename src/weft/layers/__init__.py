@@ -1,0 +1,1 @@
+"""Layers that hold any structured matrix and stand where the dense layer stood."""

@@ -1,0 +1,30 @@
+"""A linear layer with a structured weight."""
+
+from torch import Tensor
+
+from weft.layers.base import StructuredLayer
+from weft.structures.base import StructuredMatrix
+
+
+class StructuredLinear(StructuredLayer):
+    """Stands where an `nn.Linear` stood: y = x Wᵀ + b, (*batch, inputs) -> (*batch, outputs).
+
+    Args:
+        matrix: the weight, shape (outputs, inputs).
+        bias: shape (outputs,), or None.
+
+    Examples:
+        >>> import torch
+        >>> from weft.structures.low_rank import LowRank
+        >>> layer = StructuredLinear(LowRank(rank=2).fit(torch.randn(6, 4)), torch.zeros(6))
+        >>> layer(torch.ones(3, 4)).shape
+        torch.Size([3, 6])
+    """
+
+    def __init__(self, matrix: StructuredMatrix, bias: Tensor | None = None) -> None:
+        super().__init__(matrix, bias)
+        self.in_features = matrix.inputs
+        self.out_features = matrix.outputs
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's own name, used as a keyword by callers)
+        return self.matrix.affine(input, self.bias)

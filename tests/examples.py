@@ -1,0 +1,81 @@
+"""One registration line per structure: what the contract tests, storage, layers and planner tests run on.
+
+An example gives a structure for any weight shape, so that every law meets wide, tall, square, prime and size-1
+shapes. Tolerances that differ from the contract's stand here, each with its reason.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from weft.structures.base import Geometry, Shape, Structure, matrix_shape
+from weft.structures.dense import Dense
+from weft.structures.low_rank import LowRank
+
+
+@dataclass(frozen=True)
+class Example:
+    """A structure under test.
+
+    Attributes:
+        name: the test id.
+        structure: the structure for a weight's shape.
+        exact: whether fitting a member's own dense weight gives that weight back (in float64, without a start).
+        monotone: size arguments with increasing values, along which a dearer member never fits worse; values that are
+            impossible for a shape are passed over.
+        forward_tolerance: relative, in float32; the contract's 1e-5 unless `reason` says why not.
+        exact_tolerance: relative, in float64.
+        weighted_tolerance: how much worse, relatively, a weighted fit may be than the plain one in the weighted norm.
+        reason: why a tolerance differs or a law is not claimed.
+    """
+
+    name: str
+    structure: Callable[[Shape], Structure]
+    exact: bool = False
+    monotone: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    forward_tolerance: float = 1e-5
+    exact_tolerance: float = 1e-9
+    weighted_tolerance: float = 1e-5
+    reason: str = ""
+
+
+def _quarter(shape: Shape) -> int:
+    return max(1, min(matrix_shape(shape)) // 4)
+
+
+EXAMPLES = [
+    Example("dense", lambda shape: Dense(), exact=True),
+    Example("low_rank", lambda shape: LowRank(_quarter(shape)), exact=True, monotone={"rank": (1, 2, 3, 5, 8)}),
+    Example("low_rank_full", lambda shape: LowRank(min(matrix_shape(shape))), exact=True),
+    Example("low_rank_randomized", lambda shape: LowRank(_quarter(shape), "randomized"), exact=True),
+    Example("low_rank_rrqr", lambda shape: LowRank(_quarter(shape), "rrqr"), exact=True, monotone={"rank": (1, 2, 3, 5, 8)}),
+    Example("low_rank_aca", lambda shape: LowRank(_quarter(shape), "aca"), exact=True),
+]
+
+LINEAR_SHAPES: tuple[Shape, ...] = ((6, 30), (30, 6), (16, 16), (13, 7), (1, 9), (9, 1), (1, 1), (40, 48))
+CONVOLUTION_SHAPES: tuple[Shape, ...] = ((8, 4, 3, 3), (6, 5, 1, 1), (4, 3, 1, 5), (7, 1, 3, 3), (1, 3, 2, 2))
+SHAPES = LINEAR_SHAPES + CONVOLUTION_SHAPES
+
+GEOMETRIES: Mapping[str, Geometry] = {
+    "plain": Geometry(stride=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1), input_size=(9, 10)),
+    "strided": Geometry(stride=(2, 3), padding=((1, 1), (2, 2)), dilation=(1, 1), input_size=(9, 10)),
+    "dilated": Geometry(stride=(1, 2), padding=((2, 2), (2, 2)), dilation=(2, 1), input_size=(9, 10)),
+    "asymmetric": Geometry(stride=(1, 1), padding=((0, 1), (1, 2)), dilation=(1, 1), input_size=(9, 10)),
+    "reflect": Geometry(
+        stride=(1, 1), padding=((1, 1), (2, 2)), dilation=(1, 1), padding_mode="reflect", input_size=(9, 10)
+    ),
+    "circular": Geometry(
+        stride=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1), padding_mode="circular", input_size=(9, 10)
+    ),
+}
+
+
+def name_of(value: object) -> str:
+    """The test id of an example or a shape."""
+    return value.name if isinstance(value, Example) else "x".join(map(str, value))  # type: ignore[call-overload]
+
+
+each_example = pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+each_convolution_shape = pytest.mark.parametrize("shape", CONVOLUTION_SHAPES, ids=name_of)
