@@ -1,0 +1,70 @@
+# Every target does the set-up it needs; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Python for the virtual environment; found if not given: make test PYTHON=/path/to/python3.12
+PYTHON ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+.PHONY: demo
+demo: $(READY) ## train, compress, fine-tune and measure a small network; writes demo/report.html
+	$(BIN)/weft demo --out demo
+
+.PHONY: test
+test: $(READY) ## run the fast tests and doctests (ARGUMENTS="-k low_rank" selects)
+	$(BIN)/python -m pytest $(ARGUMENTS)
+
+.PHONY: test-slow
+test-slow: $(READY) ## run all tests, the slow ones included
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGUMENTS)
+
+.PHONY: check
+check: $(READY) ## linters, formatting, types and the floors of the house
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: $(READY) ## format the sources and apply the linter's safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: wheel
+wheel: $(READY) ## build a wheel into dist/
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+.PHONY: setup venv
+setup: $(READY) ## create .venv with the pinned packages and the native build
+venv: $(READY) ## the same as setup
+
+.PHONY: clean
+clean: ## remove what was built, the virtual environment included
+	rm -rf $(VENV) build dist demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@for candidate in "$(PYTHON)" python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	  if [ -n "$$candidate" ] && "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "creating $(VENV) with $$("$$candidate" --version)"; \
+	    exec "$$candidate" -m venv $(VENV); \
+	  fi; \
+	  if [ -n "$(PYTHON)" ]; then break; fi; \
+	done; \
+	echo "weft needs Python 3.11 or newer, and $(or $(PYTHON),none of python3.11 ... python3.14, python3, python) is that;" \
+	  "install one or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1
+
+# Built without isolation, so that the build tools are the pinned ones too.
+$(READY): pyproject.toml constraints.txt tools/install_torch.py CMakeLists.txt $(wildcard native/*) | $(BIN)/python
+	$(BIN)/python tools/install_torch.py
+	$(PIP) install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,35 @@
+// The only file that knows Python. Tensors arrive as addresses and sizes: converting them to arrays of
+// nanobind's would cost more than a small product. weft.kernels checks them before it calls.
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+
+#include "low_rank.hpp"
+#include "processor.hpp"
+
+namespace nb = nanobind;
+
+namespace {
+
+template <typename T>
+T *at(std::uintptr_t address) {
+    return reinterpret_cast<T *>(address);
+}
+
+void low_rank_apply(std::uintptr_t x, std::uintptr_t left, std::uintptr_t right, std::uintptr_t bias,
+                    std::uintptr_t out, std::int64_t batch, std::int64_t inputs, std::int64_t rank,
+                    std::int64_t outputs, int threads) {
+    nb::gil_scoped_release release;
+    weft::low_rank_apply({at<const float>(x), at<const float>(left), at<const float>(right),
+                          at<const float>(bias), at<float>(out), batch, inputs, rank, outputs},
+                         threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    module.def("instructions", &weft::instructions_name, "Name of the instruction set in use.");
+    module.def("low_rank_apply", &low_rank_apply,
+               "out = (x rightᵀ) leftᵀ + bias on float32 arrays given by their addresses (bias may be 0).");
+}

@@ -1,0 +1,67 @@
+#include "low_rank.hpp"
+
+#include <algorithm>
+#include <vector>
+
+#include "rows_product.hpp"
+#include "threads.hpp"
+
+namespace weft {
+
+namespace {
+
+// Inputs per pass over the weights: their x Rᵀ stays in the cache between the two products.
+constexpr std::int64_t slice = 64;
+
+// Multiply-adds below which waking a thread costs more than it saves.
+constexpr std::int64_t worth_a_thread = 64 * 1024;
+
+float *scratch(std::int64_t floats) {
+    thread_local std::vector<float> memory;
+    if (memory.size() < static_cast<std::size_t>(floats)) memory.resize(static_cast<std::size_t>(floats));
+    return memory.data();
+}
+
+struct Range {
+    std::int64_t begin, size;
+};
+
+// Part `part` of `parts` of [0, count), in steps of four because the leaf works on four rows at once.
+Range share(std::int64_t count, int part, int parts) {
+    const std::int64_t fours = (count + 3) / 4;
+    const std::int64_t begin = std::min(count, fours * part / parts * 4);
+    const std::int64_t end = std::min(count, fours * (part + 1) / parts * 4);
+    return {begin, end - begin};
+}
+
+}  // namespace
+
+void low_rank_apply(const LowRankProduct &p, int threads) {
+    const RowsProductKernel kernel = rows_product_kernel();
+
+    const auto to_hidden = [&](std::int64_t first, std::int64_t batch, Range rows, float *hidden) {
+        kernel({p.x + first * p.inputs, p.inputs, p.right + rows.begin * p.inputs, nullptr,
+                hidden + rows.begin, p.rank, batch, rows.size, p.inputs});
+    };
+    const auto to_out = [&](std::int64_t first, std::int64_t batch, Range rows, const float *hidden) {
+        kernel({hidden, p.rank, p.left + rows.begin * p.rank, p.bias != nullptr ? p.bias + rows.begin : nullptr,
+                p.out + first * p.outputs + rows.begin, p.outputs, batch, rows.size, p.rank});
+    };
+
+    const std::int64_t work = p.batch * p.rank * (p.inputs + p.outputs);
+    const int parts = static_cast<int>(std::clamp<std::int64_t>(work / worth_a_thread, 1, std::max(threads, 1)));
+
+    float *hidden = scratch(std::min(p.batch, slice) * p.rank);
+    for (std::int64_t first = 0; first < p.batch; first += slice) {
+        const std::int64_t batch = std::min(slice, p.batch - first);
+        if (parts == 1) {
+            to_hidden(first, batch, {0, p.rank}, hidden);
+            to_out(first, batch, {0, p.outputs}, hidden);
+            continue;
+        }
+        parallel(parts, [&](int part) { to_hidden(first, batch, share(p.rank, part, parts), hidden); });
+        parallel(parts, [&](int part) { to_out(first, batch, share(p.outputs, part, parts), hidden); });
+    }
+}
+
+}  // namespace weft

@@ -1,0 +1,81 @@
+#include "processor.hpp"
+
+#include <cstdint>
+
+#include "rows_product.hpp"
+
+#if defined(_MSC_VER) && defined(_M_X64)
+#include <immintrin.h>
+#include <intrin.h>
+#endif
+
+namespace weft {
+
+namespace {
+
+#if defined(_MSC_VER) && defined(_M_X64)
+bool has_bits(int leaf, int register_index, unsigned bits) {
+    int registers[4];
+    __cpuidex(registers, leaf, 0);
+    return (static_cast<unsigned>(registers[register_index]) & bits) == bits;
+}
+// The operating system must save the wide registers too: XCR0 bits 1-2 (AVX), 5-7 (AVX-512).
+bool saves(std::uint64_t state) { return has_bits(1, 2, 1u << 27) && (_xgetbv(0) & state) == state; }
+[[maybe_unused]] bool has_avx2() { return saves(0x6) && has_bits(1, 2, 1u << 12) && has_bits(7, 1, 1u << 5); }
+[[maybe_unused]] bool has_avx512() {
+    return has_avx2() && saves(0xE6) && has_bits(7, 1, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31);
+}
+#elif defined(__x86_64__)
+// These builtins ask the operating system's part (XCR0) as well.
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+Instructions detect() {
+#if defined(WEFT_HAS_neon)
+    return Instructions::neon;  // every 64-bit ARM processor has it
+#endif
+#if defined(WEFT_HAS_avx512)
+    if (has_avx512()) return Instructions::avx512;
+#endif
+#if defined(WEFT_HAS_avx2)
+    if (has_avx2()) return Instructions::avx2;
+#endif
+    return Instructions::portable;
+}
+
+}  // namespace
+
+Instructions instructions() {
+    static const Instructions found = detect();
+    return found;
+}
+
+const char *instructions_name() {
+    switch (instructions()) {
+        case Instructions::neon: return "NEON";
+        case Instructions::avx2: return "AVX2";
+        case Instructions::avx512: return "AVX-512";
+        case Instructions::portable: break;
+    }
+    return "portable";
+}
+
+RowsProductKernel rows_product_kernel() {
+    switch (instructions()) {
+#if defined(WEFT_HAS_neon)
+        case Instructions::neon: return neon::rows_product;
+#endif
+#if defined(WEFT_HAS_avx2)
+        case Instructions::avx2: return avx2::rows_product;
+#endif
+#if defined(WEFT_HAS_avx512)
+        case Instructions::avx512: return avx512::rows_product;
+#endif
+        default: return portable::rows_product;
+    }
+}
+
+}  // namespace weft

@@ -1,0 +1,71 @@
+#include "rows_product.hpp"
+
+#include "vector.hpp"
+
+namespace {
+
+// A tile of Rows x Batch inner products: every loaded vector of a row serves Batch inputs and every
+// loaded vector of an input serves Rows rows, so Rows * Batch products cost Rows + Batch loads.
+template <int Rows, int Batch>
+inline void tile(const weft::RowsProduct &p, std::int64_t row, std::int64_t input) {
+    Vector sums[Batch][Rows];
+    for (int b = 0; b < Batch; ++b)
+        for (int r = 0; r < Rows; ++r) sums[b][r] = Vector::zero();
+
+    const float *x = p.x + input * p.x_stride;
+    const float *rows = p.rows + row * p.columns;
+    std::int64_t k = 0;
+    for (; k + Vector::width <= p.columns; k += Vector::width) {
+        Vector values[Batch];
+        for (int b = 0; b < Batch; ++b) values[b] = Vector::load(x + b * p.x_stride + k);
+        for (int r = 0; r < Rows; ++r) {
+            const Vector weights = Vector::load(rows + r * p.columns + k);
+            for (int b = 0; b < Batch; ++b) sums[b][r] = sums[b][r].add_product(weights, values[b]);
+        }
+    }
+    const std::int64_t rest = p.columns - k;
+    if (rest > 0) {
+        Vector values[Batch];
+        for (int b = 0; b < Batch; ++b) values[b] = Vector::load_first(x + b * p.x_stride + k, rest);
+        for (int r = 0; r < Rows; ++r) {
+            const Vector weights = Vector::load_first(rows + r * p.columns + k, rest);
+            for (int b = 0; b < Batch; ++b) sums[b][r] = sums[b][r].add_product(weights, values[b]);
+        }
+    }
+
+    const float *bias = p.bias != nullptr ? p.bias + row : nullptr;
+    for (int b = 0; b < Batch; ++b) {
+        float *out = p.out + (input + b) * p.out_stride + row;
+        if constexpr (Rows % 4 == 0) {
+            for (int r = 0; r < Rows; r += 4)
+                store_four_sums(sums[b][r], sums[b][r + 1], sums[b][r + 2], sums[b][r + 3],
+                                bias != nullptr ? bias + r : nullptr, out + r);
+        } else {
+            for (int r = 0; r < Rows; ++r) out[r] = sums[b][r].sum() + (bias != nullptr ? bias[r] : 0.0f);
+        }
+    }
+}
+
+// As many inputs at once as leave registers for their vectors and one of the weights.
+constexpr int batch_tile = Vector::registers >= 32 ? 5 : 3;
+
+template <int Rows>
+inline void all_inputs(const weft::RowsProduct &p, std::int64_t row) {
+    std::int64_t input = 0;
+    for (; input + batch_tile <= p.batch; input += batch_tile) tile<Rows, batch_tile>(p, row, input);
+    for (; input < p.batch; ++input) tile<Rows, 1>(p, row, input);
+}
+
+}  // namespace
+
+namespace weft::WEFT_VARIANT {
+
+void rows_product(const RowsProduct &p) {
+    std::int64_t row = 0;
+    if (p.batch == 1)  // one input: eight sums hide the latency of the multiply-add
+        for (; row + 8 <= p.count; row += 8) tile<8, 1>(p, row, 0);
+    for (; row + 4 <= p.count; row += 4) all_inputs<4>(p, row);
+    for (; row < p.count; ++row) all_inputs<1>(p, row);
+}
+
+}  // namespace weft::WEFT_VARIANT

@@ -1,0 +1,121 @@
+"""Which code runs a primitive: the native library or the PyTorch reference."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+__all__ = ["composes_reference", "native", "route", "takes_raw_pointers"]
+
+
+def _load() -> tuple[Any, str]:
+    """The native library and its description, or None and why it is not in use."""
+    chosen = os.environ.get("WEFT_KERNELS", "native")
+    if chosen not in {"native", "reference"}:
+        raise ValueError(
+            f"the environment variable WEFT_KERNELS must be 'native' or 'reference', got {chosen!r}; "
+            "unset it for the native kernels"
+        )
+    if chosen == "reference":
+        return None, "reference (WEFT_KERNELS=reference)"
+    try:
+        from weft.kernels import _native  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError as error:
+        # A logger without handlers writes its warnings to standard error: one line, once per process.
+        logging.getLogger("weft.kernels").warning(
+            "weft: native kernels are missing (%s); everything runs on the slower PyTorch reference. "
+            "Reinstall weft with a C++17 compiler at hand, or set WEFT_KERNELS=reference to silence this.",
+            error,
+        )
+        return None, "reference (native kernels are not installed)"
+    return _native, f"native ({_native.instructions()})"
+
+
+native, _route = _load()
+
+
+def route() -> str:
+    """What runs the primitives in this process.
+
+    Returns:
+        `native (...)` with the instruction set, or `reference (...)` with the reason.
+
+    Examples:
+        >>> route().split(" ")[0] in {"native", "reference"}
+        True
+    """
+    return _route
+
+
+# Bound once: looking the names up costs as much as calling them, and every call of every layer comes here.
+_is_compiling = torch.compiler.is_compiling
+_any_autocast = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = peek_interpreter_stack
+_intercepted = torch._C._has_torch_function_variadic  # by a tensor subclass or by a function mode
+_is_grad_enabled = torch.is_grad_enabled
+_tracing_state = torch._C._get_tracing_state
+_float32 = torch.float32
+
+
+def _outside_plain_eager() -> bool:
+    """Whether a tracer, transform or mode stands between an eager call and the tensors' memory."""
+    return (
+        _dispatch_modes() > 0
+        or _functorch_level() is not None
+        or _tracing_state() is not None
+        or _any_autocast()
+        or forward_ad._current_level >= 0
+    )
+
+
+def composes_reference() -> bool:
+    """Whether a call should be made of PyTorch's own operations instead of one opaque operation of weft's.
+
+    True while a model is exported or traced (the file must not need weft), and under functorch transforms,
+    forward-mode differentiation, autocast and dispatch modes, which know PyTorch's own operations.
+
+    Returns:
+        True for the composition, False where weft's operation may stand for it.
+    """
+    if _is_compiling():
+        return torch.compiler.is_exporting()
+    return _outside_plain_eager()
+
+
+def takes_raw_pointers(*tensors: Tensor | None) -> bool:
+    """The one guard in front of the native library: whether it may read the tensors' memory right now.
+
+    Refuses whatever stands between a call and the memory (compiler, exporter, tracer, functorch transforms,
+    function and dispatch modes, autocast, forward-mode differentiation), tensors other than plain contiguous
+    float32 in host memory, and calls that have to be recorded for a gradient. Shapes are the primitive's to
+    check.
+
+    Args:
+        *tensors: Every tensor that the native function would read; None for an absent one.
+
+    Returns:
+        True where the addresses of the tensors may be handed over.
+    """
+    if native is None or _is_compiling() or _intercepted(*tensors) or _outside_plain_eager():
+        return False
+    recording = _is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        kind = type(tensor)
+        if (
+            (kind is not Tensor and kind is not Parameter)  # a subclass may keep its values elsewhere
+            or tensor.dtype is not _float32
+            or not tensor.is_cpu
+            or not tensor.is_contiguous()
+            or tensor.is_neg()  # a lazy sign, which the memory does not show
+            or (recording and tensor.requires_grad)
+        ):
+            return False
+    return True
