@@ -1,5 +1,6 @@
 """Which code runs a primitive: the native library or the PyTorch reference."""
 
+import importlib
 import logging
 import os
 from typing import Any
@@ -24,7 +25,7 @@ def _load() -> tuple[Any, str]:
     if chosen == "reference":
         return None, "reference (WEFT_KERNELS=reference)"
     try:
-        from weft.kernels import _native  # pyright: ignore[reportAttributeAccessIssue]
+        library = importlib.import_module("weft.kernels._native")
     except ImportError as error:
         # A logger without handlers writes its warnings to standard error: one line, once per process.
         logging.getLogger("weft.kernels").warning(
@@ -33,7 +34,7 @@ def _load() -> tuple[Any, str]:
             error,
         )
         return None, "reference (native kernels are not installed)"
-    return _native, f"native ({_native.instructions()})"
+    return library, f"native ({library.instructions()})"
 
 
 native, _route = _load()
