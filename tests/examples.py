@@ -65,6 +65,9 @@ GEOMETRIES: Mapping[str, Geometry] = {
     "reflect": Geometry(
         stride=(1, 1), padding=((1, 1), (2, 2)), dilation=(1, 1), padding_mode="reflect", input_size=(9, 10)
     ),
+    "grouped": Geometry(
+        stride=(1, 2), padding=((1, 1), (0, 0)), dilation=(1, 1), groups=2, input_size=(9, 10)
+    ),
     "circular": Geometry(
         stride=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1), padding_mode="circular", input_size=(9, 10)
     ),

@@ -103,13 +103,15 @@ def test_affine_adds_the_bias(example: Example, shape: Shape) -> None:
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_convolve_equals_the_dense_convolution(example: Example, shape: Shape, geometry: object) -> None:
     structure = example.structure(shape)
+    if shape[0] % geometry.groups:
+        pytest.skip("no grouped convolution has this many outputs")
     if structure.refusal(shape, geometry) is not None:
         pytest.skip("the family refuses this convolution, and says so")
     member = structure.fit(random_weight(shape, torch.float64))
-    x = torch.randn(2, shape[1], *geometry.input_size, dtype=torch.float64)
+    x = torch.randn(2, shape[1] * geometry.groups, *geometry.input_size, dtype=torch.float64)
     bias = torch.randn(shape[0], dtype=torch.float64)
     padded, padding = geometry.pad(x)
-    expected = F.conv2d(padded, member.to_dense(), bias, geometry.stride, padding, geometry.dilation)
+    expected = F.conv2d(padded, member.to_dense(), bias, geometry.stride, padding, geometry.dilation, geometry.groups)
     assert expected.shape[2:] == geometry.output_size(shape[2:])
     torch.testing.assert_close(member.convolve(x, geometry, bias), expected, rtol=1e-5, atol=1e-5)
 

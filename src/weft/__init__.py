@@ -1,1 +1,53 @@
-"""weft: trained networks made smaller and faster by re-weaving their weights from structured matrices."""
+"""weft: trained networks made smaller and faster by re-weaving their weights from structured matrices.
+
+The path is survey -> allocate -> compress -> fine_tune -> measure; `squeeze` walks all of it.
+
+Examples:
+    >>> import torch, weft
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    >>> survey = weft.survey(model, [torch.randn(128, 64)])
+    >>> plan = weft.allocate(survey, ["LowRank"], weft.Budget(parameters=0.5))
+    >>> small, log = weft.compress(model, plan, survey)
+    >>> small(torch.randn(3, 64)).shape
+    torch.Size([3, 10])
+"""
+
+import importlib.metadata
+
+# The modules `weft.survey` and `weft.measure` are imported first, and then hidden behind the functions of their name.
+import weft.measure
+import weft.survey
+from weft.measure import inputs
+from weft.plan.allocate import allocate
+from weft.plan.budget import Budget
+from weft.plan.plan import Plan
+from weft.report.report import Report, measure
+from weft.schemes.direct import compress
+from weft.schemes.fine_tune import fine_tune
+from weft.schemes.result import Result
+from weft.sources import load
+from weft.squeeze import squeeze
+from weft.storage import save
+from weft.structures import families, from_json
+from weft.survey import Survey, survey
+
+__version__ = importlib.metadata.version("weft")
+
+__all__ = [
+    "Budget",
+    "Plan",
+    "Report",
+    "Result",
+    "Survey",
+    "allocate",
+    "compress",
+    "families",
+    "fine_tune",
+    "from_json",
+    "inputs",
+    "load",
+    "measure",
+    "save",
+    "squeeze",
+    "survey",
+]

@@ -145,19 +145,23 @@ class Geometry:
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return F.pad(x, flat, mode=mode), (0,) * len(self.padding)
 
-    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    def convolve(
+        self, x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, groups: int | None = None
+    ) -> Tensor:
         """The dense convolution with this geometry.
 
         Args:
             x: images, shape (batch, channels, *space) or without the batch axis.
             kernel: shape (outputs, channels / groups, *kernel).
             bias: shape (outputs,).
+            groups: in place of the geometry's own number, for one step of a chain.
 
         Returns:
             Shape (batch, outputs, *space).
         """
         x, padding = self.pad(x)
-        return CONVOLUTIONS[len(self.stride)](x, kernel, bias, self.stride, padding, self.dilation, self.groups)
+        groups = self.groups if groups is None else groups
+        return CONVOLUTIONS[len(self.stride)](x, kernel, bias, self.stride, padding, self.dilation, groups)
 
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

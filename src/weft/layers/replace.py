@@ -1,0 +1,134 @@
+"""Which layers of a network can hold a structured matrix, and how they are replaced."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from weft import checks
+from weft.layers.base import StructuredLayer
+from weft.layers.convolution import CONVOLUTION_CLASSES, StructuredConvolution, geometry_of
+from weft.layers.linear import StructuredLinear
+from weft.structures.base import Geometry, StructuredMatrix
+
+_SUPPORTED: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTION_CLASSES)
+
+
+def dense_weight(module: nn.Module) -> Tensor | None:
+    """The weight of a layer that can be replaced.
+
+    Args:
+        module: any module.
+
+    Returns:
+        The weight parameter, or None where the layer cannot be replaced; `refusal` says why.
+    """
+    return None if refusal(module) is not None else module.weight  # type: ignore[return-value]
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a layer with a weight cannot be replaced.
+
+    Args:
+        module: any module.
+
+    Returns:
+        None for a layer that can be replaced; "" for a module that holds no weight of this kind at all; else the
+        reason, worded to follow "left dense, because".
+    """
+    if isinstance(module, StructuredLayer):
+        return "it is compressed already"
+    if not isinstance(module, _SUPPORTED):
+        if isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001  (the transposed and lazy ones)
+            return f"{type(module).__name__} is not supported yet"
+        return ""
+    plain = next(kind for kind in _SUPPORTED if isinstance(module, kind))
+    if type(module).forward is not plain.forward:
+        return f"{type(module).__name__} computes in its own way"
+    if "weight" not in module._parameters:  # noqa: SLF001  (tells a parameter from a computed attribute)
+        return "its weight is computed by a parametrisation; remove that first"
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        return "it is lazy and has not seen an input yet"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}"
+    return None
+
+
+def replace_layer(model: nn.Module, names: Sequence[str], matrix: StructuredMatrix) -> nn.Module:
+    """Replaces layers that share one weight by structured layers that share one matrix.
+
+    Biases, geometry, training mode, frozen weights and hooks of each layer are kept. A module that stands in several
+    places of the network stays one module.
+
+    Args:
+        model: the network, changed in place.
+        names: the layers' names; "" where the model itself is the layer.
+        matrix: the structured weight.
+
+    Returns:
+        The model, or the new layer where the model itself was the layer.
+
+    Raises:
+        ValueError: a layer does not exist or cannot be replaced.
+    """
+    made: dict[int, StructuredLayer] = {}
+    for name in names:
+        parent_name, _, attribute = name.rpartition(".")
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            remedy = "survey this model itself"
+            raise ValueError(checks.fault(f"layer {name}", "a layer of the model", "none", remedy)) from error
+        if id(module) not in made:
+            made[id(module)] = structured_layer(module, matrix)
+        if not attribute:
+            return made[id(module)]
+        setattr(model.get_submodule(parent_name), attribute, made[id(module)])
+    return model
+
+
+def structured_layer(module: nn.Module, matrix: StructuredMatrix) -> StructuredLayer:
+    """The layer that stands in for a dense one.
+
+    Args:
+        module: the dense layer.
+        matrix: its structured weight, of the same shape.
+
+    Returns:
+        A layer with the dense one's bias, geometry, mode, frozen state and hooks.
+
+    Raises:
+        ValueError: the layer cannot be replaced, or the matrix has another shape.
+    """
+    weight = dense_weight(module)
+    if weight is None:
+        raise ValueError(
+            checks.fault("layer", "one that can be replaced", type(module).__name__, "leave it dense")
+        )
+    checks.shape("matrix", matrix.shape, weight.shape, "fit the structure to this layer's weight")
+    matrix.requires_grad_(weight.requires_grad).to(weight.device)
+    geometry = geometry_of_layer(module)
+    layer: StructuredLayer
+    if geometry is None:
+        layer = StructuredLinear(matrix, module.bias)
+    else:
+        layer = StructuredConvolution(matrix, geometry, module.bias)
+    layer.train(module.training)
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(layer, kind).update(getattr(module, kind))
+    for kind in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+        getattr(layer, kind).update(getattr(module, kind))
+    return layer
+
+
+def geometry_of_layer(module: nn.Module) -> Geometry | None:
+    """The geometry of a convolution; None for a linear layer.
+
+    Args:
+        module: a dense or structured layer.
+
+    Returns:
+        The geometry without an input size, or None.
+    """
+    if isinstance(module, StructuredConvolution):
+        return module.geometry
+    return geometry_of(module) if isinstance(module, CONVOLUTION_CLASSES) else None  # type: ignore[arg-type]

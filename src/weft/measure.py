@@ -1,0 +1,664 @@
+"""Measuring a network: its metric, its cost, its latency; dense and compressed side by side."""
+
+import inspect
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from weft import checks
+from weft.kernels import route
+from weft.layers.base import StructuredLayer
+from weft.layers.replace import geometry_of_layer
+from weft.progress import track
+from weft.structures.base import Cost
+
+Batch = Tensor | Sequence[Any] | Mapping[str, Any]
+Metric = Callable[[nn.Module, Iterable[Any]], float]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calling a model
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Calls a model with a batch: a tensor as `model(x)`, a tuple or list as `model(*x)`, a dictionary as `model(**x)`.
+
+    Args:
+        model: the network.
+        batch: its inputs.
+
+    Returns:
+        What the model returns.
+
+    Raises:
+        TypeError: the model does not take as many inputs as the batch holds.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    try:
+        inspect.signature(model.forward).bind(*batch)
+    except TypeError as error:
+        expected = f"what {type(model).__name__}.forward takes"
+        remedy = "if your batches are (inputs, targets) pairs, pass weft.inputs(batches)"
+        raise TypeError(checks.fault("batch", expected, f"{len(batch)} inputs", remedy)) from error
+    return model(*batch)
+
+
+class inputs:  # noqa: N801  (reads as a function: weft.inputs(loader))
+    """The inputs of (inputs, targets) batches, for calls that need no labels; can be iterated again and again.
+
+    Args:
+        batches: an iterable of pairs.
+
+    Examples:
+        >>> [x.shape for x in inputs([(torch.zeros(2, 3), torch.zeros(2))])]
+        [torch.Size([2, 3])]
+    """
+
+    def __init__(self, batches: Iterable[Sequence[Any]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return (batch[0] for batch in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+
+def batch_size(batch: Batch) -> int:
+    """The number of samples in a batch: the first dimension of its first tensor.
+
+    Args:
+        batch: a model's inputs.
+
+    Returns:
+        The number of samples; 1 where no tensor has a batch dimension.
+    """
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return next((value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim), 1)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Moves a tensor, or the tensors in a list, tuple or dictionary, to a device.
+
+    Args:
+        value: a batch, or a part of one.
+        device: where to.
+
+    Returns:
+        The same structure on the device.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer; the CPU where it has none.
+
+    Args:
+        model: the network.
+
+    Returns:
+        The device.
+    """
+    first = next(iter(model.parameters()), next(iter(model.buffers()), None))
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Any:
+    """Puts a model into evaluation mode and every module back into its own mode afterwards.
+
+    Args:
+        model: the network.
+
+    Yields:
+        The model.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def logits_of(output: Any) -> Tensor:
+    """The scores in a model's output: the tensor itself, its field `logits`, or the first tensor in it.
+
+    Args:
+        output: what a model returned.
+
+    Returns:
+        A floating tensor.
+
+    Raises:
+        TypeError: there is no tensor in it.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    remedy = "pass a metric= of your own"
+    raise TypeError(checks.fault("model output", "a tensor or something that holds one", type(output).__name__, remedy))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def accuracy(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | None = None) -> float:
+    """Top-1 accuracy over (inputs, labels) batches.
+
+    Args:
+        model: the network; run in evaluation mode.
+        data: pairs of inputs and integer labels; labels of any shape that matches the scores without their last axis.
+        shown: whether to draw a progress bar; where None, only on a terminal.
+
+    Returns:
+        The share of labels that are the largest score.
+
+    Raises:
+        TypeError: a batch is no pair, or its labels are no integers.
+        ValueError: there are no batches, or labels and scores do not match.
+    """
+    right = count = 0
+    device = device_of(model)
+    with evaluating(model), torch.no_grad():
+        for batch in track(data, "evaluating", shown=shown):
+            given, labels = labelled(batch)
+            scores = logits_of(call(model, to_device(given, device)))
+            if labels.shape != scores.shape[:-1]:
+                remedy = "one label per score vector"
+                raise ValueError(checks.fault("labels", f"of shape {tuple(scores.shape[:-1])}", tuple(labels.shape), remedy))
+            if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= scores.shape[-1]):
+                got = f"{int(labels.min())} to {int(labels.max())}"
+                remedy = "check that data and model have the same classes"
+                raise ValueError(checks.fault("labels", f"between 0 and {scores.shape[-1] - 1}", got, remedy))
+            right += int((scores.argmax(-1).cpu() == labels.cpu()).sum())
+            count += labels.numel()
+    if not count:
+        raise ValueError(checks.fault("data", "not empty", "no labelled samples", "pass at least one batch"))
+    return right / count
+
+
+def labelled(batch: Any) -> tuple[Any, Tensor]:
+    """Splits a batch into inputs and labels.
+
+    Args:
+        batch: (inputs, labels).
+
+    Returns:
+        The inputs and the integer labels.
+
+    Raises:
+        TypeError: it is no pair, or the labels are no integers.
+    """
+    if not (isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        remedy = "pass batches of (inputs, labels)"
+        got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        raise TypeError(checks.fault("data", "an iterable of (inputs, labels) pairs", got, remedy))
+    if batch[1].is_floating_point() or batch[1].is_complex():
+        remedy = "pass integer labels, or a metric= of your own"
+        raise TypeError(checks.fault("labels", "integers", batch[1].dtype, remedy))
+    return batch[0], batch[1].long()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost
+
+
+def network_cost(model: nn.Module, batch: Batch | None = None) -> Cost:
+    """What a whole network costs.
+
+    Multiply-adds are counted from a real run by torch's own counter (matrix products, convolutions, attention);
+    a structured layer counts with its own cost, whatever code ran it.
+
+    Args:
+        model: the network.
+        batch: inputs for the run; without them multiply-adds are 0.
+
+    Returns:
+        Parameters and bytes of all stored tensors, shared ones once; multiply-adds per sample.
+    """
+    layers = {module.matrix: module for module in model.modules() if isinstance(module, StructuredLayer)}
+    parameters = size = 0
+    for matrix in layers:
+        cost = matrix.cost()
+        parameters, size = parameters + cost.parameters, size + cost.bytes
+    inside = {tensor.data_ptr() for matrix in layers for tensor in matrix.state_dict().values()}
+    seen: set[tuple[int, torch.Size]] = set()
+    trainable = {parameter.data_ptr() for parameter in model.parameters()}
+    for tensor in model.state_dict().values():
+        key = (tensor.data_ptr(), tensor.shape) if isinstance(tensor, Tensor) else None
+        if key is None or key in seen or key[0] in inside:
+            continue
+        seen.add(key)
+        size += tensor.nbytes
+        parameters += tensor.numel() if key[0] in trainable else 0
+    return Cost(parameters, size, 0 if batch is None else _count_multiply_adds(model, batch))
+
+
+def _count_multiply_adds(model: nn.Module, batch: Batch) -> int:
+    counter = FlopCounterMode(display=False)
+    outside: list[float] = []
+    own: list[float] = []
+    handles = []
+
+    def enter(module: StructuredLayer, _: Any) -> None:
+        outside.append(-counter.get_total_flops() / 2)
+
+    def leave(module: StructuredLayer, given: tuple[Tensor, ...], output: Tensor) -> None:
+        outside[-1] += counter.get_total_flops() / 2  # what torch counted inside: to be taken off again
+        geometry = geometry_of_layer(module)
+        per_vector = module.matrix.multiply_adds()
+        if geometry is None:
+            own.append(per_vector * output.numel() / module.matrix.outputs)
+        else:
+            space = len(module.matrix.shape) - 2
+            positions = math.prod(output.shape[-space:])
+            unit = module.matrix.multiply_adds(
+                _with_input_size(geometry, given[0].shape[-space:])
+            )
+            own.append(unit * output.numel() / (module.matrix.outputs * positions))
+
+    with evaluating(model), torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, StructuredLayer):
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave))
+        try:
+            with counter, slow_attention_path():
+                call(model, to_device(batch, device_of(model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+    return round((counter.get_total_flops() / 2 - sum(outside) + sum(own)) / max(1, batch_size(batch)))
+
+
+def _with_input_size(geometry: Any, size: Sequence[int]) -> Any:
+    return type(geometry)(**{**vars(geometry), "input_size": tuple(size)})
+
+
+@contextmanager
+def slow_attention_path() -> Any:
+    """Turns the fused transformer path off, behind which hooks and counters do not see single layers.
+
+    Yields:
+        Nothing.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latency
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call, over many calls.
+
+    Attributes:
+        median: the median.
+        low: the 10 % quantile.
+        high: the 90 % quantile.
+        calls: how many calls were timed.
+    """
+
+    median: float
+    low: float
+    high: float
+    calls: int
+
+
+@contextmanager
+def threads(count: int) -> Any:
+    """Sets torch's number of threads for a while.
+
+    Args:
+        count: at least 1.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def time_alternating(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    least: int = 15,
+    most: int = 2000,
+    device: torch.device | None = None,
+) -> dict[str, Timing]:
+    """Times several calls in turns, so that what disturbs the machine disturbs all of them alike.
+
+    Args:
+        calls: what to time, by name.
+        seconds: about how long to measure altogether.
+        least: the least number of rounds.
+        most: the largest number of rounds.
+        device: synchronised around every call where it is no CPU.
+
+    Returns:
+        One timing per name.
+    """
+
+    def once(run: Callable[[], object]) -> float:
+        if device is not None and device.type != "cpu":
+            torch.accelerator.synchronize()
+        start = time.perf_counter()
+        run()
+        if device is not None and device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(3):
+        for run in calls.values():
+            run()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    for rounds in range(most):
+        if rounds >= least and time.perf_counter() > end:
+            break
+        for name, run in calls.items():
+            taken[name].append(once(run))
+    return {name: _summary(values) for name, values in taken.items()}
+
+
+def _summary(values: list[float]) -> Timing:
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return Timing(statistics.median(values), cuts[0], cuts[-1], len(values))
+
+
+def repeat_to(batch: Any, size: int) -> Any:
+    """A batch of a given size, made by repeating or cutting another.
+
+    Args:
+        batch: a model's inputs.
+        size: the number of samples wanted.
+
+    Returns:
+        The same structure with `size` samples.
+    """
+    if isinstance(batch, Tensor):
+        if not batch.ndim:
+            return batch
+        return batch[torch.arange(size, device=batch.device) % batch.shape[0]].contiguous()
+    if isinstance(batch, Mapping):
+        return {key: repeat_to(item, size) for key, item in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(repeat_to(item, size) for item in batch)
+    return batch
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Dense and compressed, timed in turns in the same run.
+
+    Attributes:
+        batch: samples per call.
+        threads: torch's number of threads.
+        dense: seconds per call of the dense network.
+        compressed: seconds per call of the compressed one.
+    """
+
+    batch: int
+    threads: int
+    dense: Timing
+    compressed: Timing
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over compressed time."""
+        return self.dense.median / self.compressed.median
+
+
+def latencies(
+    dense: nn.Module,
+    compressed: nn.Module,
+    sample: Batch,
+    *,
+    batches: Sequence[int] = (1, 128),
+    thread_counts: Sequence[int] | None = None,
+    seconds: float = 1.0,
+    shown: bool | None = None,
+) -> list[Latency]:
+    """Times two networks in turns.
+
+    Args:
+        dense: the dense network.
+        compressed: the compressed one.
+        sample: inputs that are repeated or cut to each batch size.
+        batches: samples per call.
+        thread_counts: torch's thread counts; where None, the current one.
+        seconds: about how long to measure per combination.
+        shown: whether to draw a progress bar; where None, only on a terminal.
+
+    Returns:
+        One row per combination.
+    """
+    wanted = [(size, count) for count in (thread_counts or [torch.get_num_threads()]) for size in batches]
+    rows = []
+    with evaluating(dense), evaluating(compressed), torch.inference_mode():
+        for size, count in track(wanted, "timing", shown=shown):
+            given = repeat_to(sample, size)
+            on_dense, on_compressed = (to_device(given, device_of(model)) for model in (dense, compressed))
+            with threads(count):
+                timed = time_alternating(
+                    {
+                        "dense": lambda given=on_dense: call(dense, given),
+                        "compressed": lambda given=on_compressed: call(compressed, given),
+                    },
+                    seconds=seconds,
+                    device=device_of(dense),
+                )
+            rows.append(Latency(size, count, timed["dense"], timed["compressed"]))
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions, to be written beside every measurement.
+
+    Returns:
+        JSON-ready data.
+    """
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123  (no path of the user's)
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    except OSError:
+        pass  # only Linux has it
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "kernels": route(),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Side by side
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of the compressed network.
+
+    Attributes:
+        name: its name.
+        structure: its structure as text.
+        shape: the dense weight's shape.
+        dense: the dense weight's cost.
+        cost: the structured one's.
+        picture: its blocks as JSON-ready rectangles.
+    """
+
+    name: str
+    structure: str
+    shape: tuple[int, ...]
+    dense: Cost
+    cost: Cost
+    picture: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Dense and compressed, measured in the same run.
+
+    Attributes:
+        metric: what the values are, such as "accuracy".
+        dense_value: the dense network's.
+        value: the compressed one's.
+        dense_cost: the dense network's cost.
+        cost: the compressed one's.
+        latencies: times, measured in turns.
+        layers: the compressed layers.
+        environment: machine and versions.
+    """
+
+    metric: str
+    dense_value: float
+    value: float
+    dense_cost: Cost
+    cost: Cost
+    latencies: list[Latency]
+    layers: list[LayerRow]
+    environment: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The measurement as JSON-ready data.
+
+        Returns:
+            Nested dictionaries and lists.
+        """
+        return asdict(self)
+
+
+def layer_rows(model: nn.Module) -> list[LayerRow]:
+    """Describes every structured layer of a network; layers that share a matrix once.
+
+    Args:
+        model: the compressed network.
+
+    Returns:
+        One row per matrix.
+    """
+    rows = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, StructuredLayer) or id(module.matrix) in seen:
+            continue
+        seen.add(id(module.matrix))
+        matrix = module.matrix
+        count = math.prod(matrix.shape)
+        width = next((tensor.element_size() for tensor in matrix.parameters()), 4)
+        dense = Cost(count, count * width, count)
+        picture = [asdict(block) for block in matrix.picture()]
+        rows.append(LayerRow(name, str(matrix.structure), matrix.shape, dense, matrix.cost(), picture))
+    return rows
+
+
+def side_by_side(
+    small: nn.Module,
+    *,
+    against: nn.Module,
+    data: Iterable[Any],
+    metric: Metric | None = None,
+    metric_name: str | None = None,
+    batches: Sequence[int] = (1, 128),
+    thread_counts: Sequence[int] | None = None,
+    seconds: float = 1.0,
+    shown: bool | None = None,
+) -> Measurement:
+    """Measures a compressed network against its dense one.
+
+    Args:
+        small: the compressed network.
+        against: the dense one.
+        data: held-out batches of (inputs, labels); can be iterated several times.
+        metric: takes a model and the data, larger is better; top-1 accuracy where None.
+        metric_name: its name in tables; the function's own where None.
+        batches: batch sizes for the latency.
+        thread_counts: torch's thread counts; the current one where None.
+        seconds: about how long to time each combination.
+        shown: whether to draw progress bars; where None, only on a terminal.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        TypeError: the data are a one-shot iterator.
+        ValueError: the data are empty.
+    """
+    if iter(data) is data:
+        remedy = "pass a list or a DataLoader"
+        raise TypeError(checks.fault("data", "iterable more than once", type(data).__name__, remedy))
+    first = next(iter(data), None)
+    if first is None:
+        raise ValueError(checks.fault("data", "not empty", "no batches", "pass at least one batch"))
+    sample = first[0] if isinstance(first, list | tuple) and len(first) == 2 else first
+    if metric is None:
+
+        def evaluate(model: nn.Module) -> float:
+            return accuracy(model, data, shown=shown)
+
+        name = "accuracy"
+    else:
+
+        def evaluate(model: nn.Module) -> float:
+            return float(metric(model, data))
+
+        name = getattr(metric, "__name__", "metric")
+    return Measurement(
+        metric=metric_name or name,
+        dense_value=evaluate(against),
+        value=evaluate(small),
+        dense_cost=network_cost(against, sample),
+        cost=network_cost(small, sample),
+        latencies=latencies(
+            against, small, sample, batches=batches, thread_counts=thread_counts, seconds=seconds, shown=shown
+        ),
+        layers=layer_rows(small),
+        environment=environment(),
+    )
+
+

@@ -1,0 +1,1 @@
+"""Which structure for which layer, under a budget."""

@@ -1,0 +1,34 @@
+"""Progress bars: shown on a terminal, silent elsewhere."""
+
+import sys
+from collections.abc import Iterable, Iterator
+
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track as rich_track
+
+Item = TypeVar("Item")
+
+
+def track(
+    items: Iterable[Item], description: str, *, total: int | None = None, shown: bool | None = None
+) -> Iterator[Item]:
+    """Goes through items under a progress bar on standard error.
+
+    Args:
+        items: what to go through.
+        description: what is being done, in a few words.
+        total: how many items there are, where `len` does not tell.
+        shown: whether to draw; where None, only on a terminal.
+
+    Yields:
+        The items.
+    """
+    if shown is None:
+        shown = sys.stderr.isatty()
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]
+    yield from rich_track(
+        items, description, total=total, disable=not shown, transient=True, console=Console(stderr=True)
+    )

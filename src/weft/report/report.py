@@ -1,0 +1,146 @@
+"""A measurement that can show itself."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from weft.measure import Measurement, Metric, side_by_side
+from weft.report.page import render_page
+from weft.storage import write_text
+
+
+@dataclass(frozen=True)
+class Report(Measurement):
+    """Dense and compressed side by side, as a table, JSON or a page."""
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """The table's rows.
+
+        Returns:
+            (what, dense, compressed, rate) as text.
+        """
+        dense, cost = self.dense_cost, self.cost
+        rows = [
+            (
+                self.metric,
+                f"{self.dense_value:.4f}",
+                f"{self.value:.4f}",
+                f"{self.value - self.dense_value:+.4f}",
+            )
+        ]
+        for name, was, now in (
+            ("parameters", dense.parameters, cost.parameters),
+            ("bytes", dense.bytes, cost.bytes),
+            ("multiply-adds", dense.multiply_adds, cost.multiply_adds),
+        ):
+            rows.append((name, f"{was:,}", f"{now:,}", f"{was / now:.2f}x" if now else "-"))
+        for latency in self.latencies:
+            threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
+            rows.append(
+                (
+                    f"latency, batch {latency.batch}, {threads}",
+                    _milliseconds(latency.dense.median),
+                    _milliseconds(latency.compressed.median),
+                    f"{latency.speedup:.2f}x",
+                )
+            )
+        return rows
+
+    def table(self) -> Table:
+        """The table for a terminal.
+
+        Returns:
+            A rich table.
+        """
+        table = Table(title="dense vs compressed", title_justify="left")
+        table.add_column("")
+        for heading in ("dense", "compressed", "rate"):
+            table.add_column(heading, justify="right")
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def __str__(self) -> str:
+        rows = [("", "dense", "compressed", "rate"), *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3))])
+            for row in rows
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def write_html(
+        self, path: str | os.PathLike[str], *, title: str = "weft report", command: str = ""
+    ) -> Path:
+        """Writes the report as one self-contained page.
+
+        Args:
+            path: the file.
+            title: the page's title.
+            command: the command that repeats the run, shown on the page.
+
+        Returns:
+            The path.
+        """
+        return write_text(path, render_page(self.to_json(), self.rows(), title=title, command=command))
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms"
+
+
+def measure(
+    small: nn.Module,
+    *,
+    against: nn.Module,
+    data: Iterable[Any],
+    metric: Metric | None = None,
+    metric_name: str | None = None,
+    batches: Sequence[int] = (1, 128),
+    thread_counts: Sequence[int] | None = None,
+    seconds: float = 1.0,
+    shown: bool | None = None,
+) -> Report:
+    """Measures a compressed network against its dense one: metric, cost, latency, in the same run.
+
+    Args:
+        small: the compressed network.
+        against: the dense one.
+        data: held-out batches of (inputs, labels); can be iterated several times.
+        metric: takes a model and the data, larger is better; top-1 accuracy where None.
+        metric_name: its name in tables; the function's own where None.
+        batches: batch sizes for the latency.
+        thread_counts: torch's thread counts; the current one where None.
+        seconds: about how long to time each combination.
+        shown: whether to draw progress bars; where None, only on a terminal.
+
+    Returns:
+        The report.
+
+    Examples:
+        >>> import torch, weft
+        >>> from weft.structures.low_rank import LowRank
+        >>> model = nn.Sequential(nn.Linear(8, 3))
+        >>> small, _ = weft.compress(model, {"0": LowRank(rank=1)})
+        >>> data = [(torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))]
+        >>> report = weft.measure(small, against=model, data=data, batches=[1], seconds=0.01)
+        >>> report.cost.parameters, report.dense_cost.parameters
+        (14, 27)
+    """
+    measured = side_by_side(
+        small,
+        against=against,
+        data=data,
+        metric=metric,
+        metric_name=metric_name,
+        batches=batches,
+        thread_counts=thread_counts,
+        seconds=seconds,
+        shown=shown,
+    )
+    return Report(**vars(measured))

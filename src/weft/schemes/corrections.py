@@ -1,0 +1,122 @@
+"""Closed-form corrections after a fit: biases and batch-norm statistics."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.measure import Batch, call, device_of, evaluating, to_device
+from weft.progress import track
+from weft.structures.base import StructuredMatrix
+from weft.survey import LayerSurvey
+
+
+def bias_correction(layer: LayerSurvey, matrix: StructuredMatrix) -> Tensor | None:
+    """What a fit takes from the mean output: (W − Ŵ) E[x], to be added to the bias.
+
+    Args:
+        layer: the layer's survey.
+        matrix: the structured weight.
+
+    Returns:
+        Shape (outputs,), float64; None where the survey saw no data.
+    """
+    if layer.mean_input is None:
+        return None
+    weight = layer.weight.detach().double().flatten(1).cpu()
+    lost = weight - matrix.to_dense().detach().double().flatten(1).cpu()
+    if layer.mean_input.ndim == 1:
+        return lost @ layer.mean_input
+    grouped = lost.reshape(len(layer.mean_input), -1, lost.shape[1])  # one mean patch per group
+    return (grouped @ layer.mean_input.unsqueeze(-1)).reshape(-1)
+
+
+def correct_batch_norm(
+    model: nn.Module, dense: nn.Module, batches: Iterable[Batch], *, shown: bool | None = None
+) -> int:
+    """Shifts and scales the batch-norm statistics of a compressed network by what compression did to their inputs.
+
+    The running statistics are not re-estimated from the few calibration data, but corrected by the difference between
+    both networks on the same data, mean' = mean + (m − m₀) and variance' = variance · v / v₀, so that a layer whose
+    input did not change keeps its statistics, and sampling noise cancels. Every batch runs with its own correction, so
+    that later layers see inputs that are corrected already.
+
+    Args:
+        model: the compressed network, changed in place.
+        dense: the dense network.
+        batches: calibration data without labels.
+        shown: whether to draw a progress bar; where None, only on a terminal.
+
+    Returns:
+        How many batch-norm layers were corrected.
+    """
+    ours = _tracking(model)
+    theirs = _tracking(dense)
+    names = [name for name in ours if name in theirs]
+    if not names:
+        return 0
+    reference: dict[str, tuple[Tensor, Tensor]] = {}
+    before = {name: (ours[name].running_mean.clone(), ours[name].running_var.clone()) for name in names}
+    sums: dict[str, list[Tensor]] = {}
+    weights: dict[str, int] = dict.fromkeys(names, 0)
+    handles = []
+
+    def observe(name: str) -> Any:
+        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            reference[name] = _statistics(given[0])
+
+        return hook
+
+    def correct(name: str) -> Any:
+        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            own, other = _statistics(given[0]), reference[name]
+            count = given[0].shape[0]
+            parts = [count * part for pair in (own, other) for part in pair]
+            sums[name] = [a + b for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts
+            weights[name] += count
+            _put(module, before[name], own, other)
+
+        return hook
+
+    for name in names:
+        handles.append(theirs[name].register_forward_pre_hook(observe(name)))
+        handles.append(ours[name].register_forward_pre_hook(correct(name)))
+    try:
+        with evaluating(model), evaluating(dense), torch.no_grad():
+            for batch in track(batches, "correcting", shown=shown):
+                call(dense, to_device(batch, device_of(dense)))
+                call(model, to_device(batch, device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name in names:
+            if name in sums:
+                own_mean, own_var, mean, var = (part / weights[name] for part in sums[name])
+                _put(ours[name], before[name], (own_mean, own_var), (mean, var))
+    return len(sums)
+
+
+def _tracking(model: nn.Module) -> dict[str, Any]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None  # noqa: SLF001
+    }
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance per channel, in float32 at least."""
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    variance, mean = torch.var_mean(x.float() if x.dtype != torch.float64 else x, axes, correction=0)
+    return mean, variance
+
+
+def _put(
+    module: Any, before: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
+) -> None:
+    mean, variance = before
+    module.running_mean.copy_(mean + (own[0] - other[0]))
+    # A channel that is constant on the calibration data says nothing about its scale.
+    ratio = torch.where(other[1] > module.eps, own[1] / other[1].clamp_min(module.eps), 1.0)
+    module.running_var.copy_(variance * ratio)

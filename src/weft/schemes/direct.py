@@ -1,0 +1,104 @@
+"""Direct compression: every layer of a plan fitted to its weight."""
+
+import copy
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from weft.layers.replace import replace_layer
+from weft.measure import Batch
+from weft.plan.plan import check_plan
+from weft.progress import track
+from weft.schemes.corrections import bias_correction, correct_batch_norm
+from weft.schemes.result import Result
+from weft.structures.base import Structure, relative_error
+from weft.structures.dense import Dense
+from weft.survey import LayerSurvey, Survey
+from weft.survey import survey as survey_model
+
+
+def compress(
+    model: nn.Module,
+    plan: Mapping[str, Structure],
+    survey: Survey | None = None,
+    *,
+    batches: Iterable[Batch] | None = None,
+    correct_biases: bool = True,
+    generator: torch.Generator | None = None,
+    shown: bool | None = None,
+) -> Result:
+    """Replaces layers by structured ones, each fitted to its weight in the survey's metric.
+
+    Args:
+        model: the dense network; it is not changed.
+        plan: structures by layer name, from `weft.allocate` or made by hand; layers not named stay dense.
+        survey: the network's survey; without one, fits are in the Frobenius norm.
+        batches: calibration data without labels; batch-norm statistics are then corrected.
+        correct_biases: whether existing biases take up the change of the mean output, (W − Ŵ) E[x].
+        generator: the source of randomness of fits that need it; fixed seeds where None.
+        shown: whether to draw progress bars; where None, only on a terminal.
+
+    Returns:
+        The compressed network, in the modes and with the frozen weights of the dense one, and one log entry per
+        layer: structure, cost, relative error (in the survey's metric), seconds.
+
+    Raises:
+        ValueError: the plan names a layer that the model does not have or that a structure cannot take.
+
+    Examples:
+        >>> import weft
+        >>> from weft.structures.low_rank import LowRank
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> small, log = compress(model, {"0": LowRank(rank=2)})
+        >>> small[0].matrix.structure, log[0]["parameters"]
+        (LowRank(rank=2, method='svd'), 32)
+    """
+    survey = survey_model(model) if survey is None else survey
+    check_plan(plan, survey)
+    small = copy.deepcopy(model)
+    log: list[dict[str, Any]] = []
+    for name, structure in track(plan.items(), "compressing", total=len(plan), shown=shown):
+        if isinstance(structure, Dense):
+            continue
+        small, entry = _replace(small, survey.layers[name], structure, correct_biases, generator)
+        log.append(entry)
+    if batches is not None and log:
+        correct_batch_norm(small, model, batches, shown=shown)
+    return Result(small, log)
+
+
+def _replace(
+    model: nn.Module,
+    layer: LayerSurvey,
+    structure: Structure,
+    correct_biases: bool,
+    generator: torch.Generator | None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    start = time.perf_counter()
+    grams = {"input_gram": layer.input_gram, "output_gram": layer.output_gram}
+    matrix = structure.fit(layer.weight, **grams, generator=generator)
+    error = relative_error(layer.weight, matrix.to_dense(), **grams)
+    model = replace_layer(model, layer.names, matrix)
+    shift = bias_correction(layer, matrix) if correct_biases else None
+    if shift is not None:
+        with torch.no_grad():
+            for bias in {id(found): found for found in _biases(model, layer.names)}.values():
+                bias += shift.to(bias)
+    cost = layer.per_sample(matrix.cost(layer.geometry))
+    return model, {
+        "layer": layer.name,
+        "structure": matrix.structure.to_json(),
+        "parameters": cost.parameters,
+        "bytes": cost.bytes,
+        "multiply_adds": cost.multiply_adds,
+        "error": error,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _biases(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+    layers: list[Any] = [model.get_submodule(name) for name in names]
+    return [layer.bias for layer in layers if layer.bias is not None]

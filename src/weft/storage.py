@@ -1,0 +1,267 @@
+"""Files: one safetensors file per network, its plan as JSON in the metadata, no pickle anywhere.
+
+The metadata of a file written by `save`:
+
+    format          "weft"
+    format_version  "1"
+    plan            JSON: {layer name: {"names": [...], "structure": {...}, "shape": [...]}}
+    aliases         JSON: {tensor name: the name under which the shared tensor is stored}
+    source          the model source that rebuilds the dense network, e.g. "torchvision:resnet18"; may be empty
+
+The tensors are those of the network's state dict, shared ones once.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from weft import checks
+from weft.layers.base import StructuredLayer
+from weft.layers.replace import dense_weight, replace_layer
+from weft.structures import from_json
+
+FORMAT_VERSION = "1"
+
+
+def write_beside(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
+    """Writes a file beside its place and renames it, so that it is never there half-written.
+
+    Args:
+        path: where the file shall be; its folder must exist.
+        write: writes the whole file to the path that it is given.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        remedy = "create the folder first"
+        raise FileNotFoundError(checks.fault("path", "in an existing folder", target, remedy))
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        write(beside)
+        with beside.open("rb") as written:
+            os.fsync(written.fileno())
+        beside.replace(target)
+    finally:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+    return target
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes a text file beside its place and renames it.
+
+    Args:
+        path: where the file shall be.
+        text: the contents.
+
+    Returns:
+        The path.
+    """
+    return write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def structured_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The structured layers of a network, those that share one matrix under the first one's name.
+
+    Args:
+        model: the network.
+
+    Returns:
+        First name -> all names, in the network's order.
+    """
+    groups: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, StructuredLayer):
+            groups.setdefault(id(module.matrix), []).append(name)
+    return {names[0]: tuple(names) for names in groups.values()}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, source: str = "") -> Path:
+    """Writes a network into one safetensors file, beside its place and then renamed.
+
+    Args:
+        model: the network, compressed or not.
+        path: the file to write.
+        source: the model source that rebuilds the dense network, such as "torchvision:resnet18" or
+            "file.py:function"; recorded so that `weft.load` needs no model.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: the state dict holds something that is no tensor.
+
+    Examples:
+        >>> import tempfile, torch, weft
+        >>> from weft.structures.low_rank import LowRank
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> small, _ = weft.compress(model, {"0": LowRank(rank=2)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = weft.save(small, f"{folder}/small.safetensors")
+        ...     again = weft.load(path, model=model)
+        >>> torch.equal(again(torch.ones(1, 8)), small(torch.ones(1, 8)))
+        True
+    """
+    tensors, aliases = _unique_tensors(model)
+    plan = {
+        first: {
+            "names": list(names),
+            "structure": _matrix(model, first).structure.to_json(),
+            "shape": list(_matrix(model, first).shape),
+        }
+        for first, names in structured_layers(model).items()
+    }
+    metadata = {
+        "format": "weft",
+        "format_version": FORMAT_VERSION,
+        "plan": json.dumps(plan),
+        "aliases": json.dumps(aliases),
+        "source": source,
+    }
+    return write_beside(path, lambda beside: save_file(tensors, beside, metadata))
+
+
+def _matrix(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name).matrix
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with every shared tensor once, contiguous, and the other names of shared ones."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first_names: dict[tuple[object, ...], str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            remedy = "override get_extra_state or remove it before saving"
+            raise TypeError(checks.fault(f"state dict entry {name}", "a tensor", type(value).__name__, remedy))
+        same = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and same in first_names:
+            aliases[name] = first_names[same]
+        else:
+            first_names[same] = name
+            tensors[name] = value.detach().cpu().contiguous().clone()
+    return tensors, aliases
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads and checks what a file says about itself.
+
+    Args:
+        path: a file that `save` wrote.
+
+    Returns:
+        "plan" and "aliases" as dictionaries, "source" as text.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, no weft file, or of another format version.
+    """
+    metadata, _ = _read(path, with_tensors=False)
+    return metadata
+
+
+def _read(path: str | os.PathLike[str], *, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(checks.fault("path", "an existing file", file, "check the name"))
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+            if with_tensors:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        remedy = "the file is truncated or damaged: write it again with weft.save"
+        raise ValueError(checks.fault(str(file), "a whole safetensors file", f"'{error}'", remedy)) from error
+    if metadata.get("format") != "weft":
+        got = f"format {metadata.get('format')!r}"
+        raise ValueError(checks.fault(str(file), "a file written by weft.save", got, "load it as plain weights"))
+    if metadata.get("format_version") != FORMAT_VERSION:
+        got = f"version {metadata.get('format_version')!r}"
+        remedy = "use the weft that wrote it, or write it again"
+        raise ValueError(checks.fault(str(file), f"of format version {FORMAT_VERSION}", got, remedy))
+    return {**metadata, "plan": json.loads(metadata["plan"]), "aliases": json.loads(metadata["aliases"])}, tensors
+
+
+def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Rebuilds the network that `save` wrote, from the dense network that it was made of.
+
+    Args:
+        model: a network of the same architecture, its weights arbitrary; it is changed in place.
+        path: the file.
+
+    Returns:
+        The model with its layers replaced and all its tensors read.
+
+    Raises:
+        ValueError: the file is damaged, or a layer or tensor is missing, surplus or of a shape that does not fit.
+            The model may then be changed in part.
+    """
+    metadata, tensors = _read(path)
+    aliases: Mapping[str, str] = metadata["aliases"]
+    owner = f"of {path}"
+    for first, entry in metadata["plan"].items():
+        shape = tuple(entry["shape"])
+        structure = from_json(entry["structure"])
+        _check_layers(model, entry["names"], shape, owner)
+        prefix = f"{first}.matrix." if first else "matrix."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        own |= {
+            name.removeprefix(prefix): tensors[stored]
+            for name, stored in aliases.items()
+            if name.startswith(prefix) and stored in tensors
+        }
+        try:
+            matrix = structure.from_tensors(shape, own)
+        except ValueError as error:
+            raise ValueError(f"layer {first} {owner}: {error}") from error
+        model = replace_layer(model, entry["names"], matrix)
+    _assign(model, tensors, aliases, owner)
+    return model
+
+
+def _check_layers(model: nn.Module, names: list[str], shape: tuple[int, ...], owner: str) -> None:
+    for name in names:
+        try:
+            weight = dense_weight(model.get_submodule(name))
+        except AttributeError:
+            weight = None
+        if weight is None:
+            remedy = "load it into the network it was made from"
+            raise ValueError(checks.fault(f"layer {name} {owner}", "a layer of the model", "none", remedy))
+        if tuple(weight.shape) != shape:
+            remedy = "load it into the network it was made from"
+            got = f"{tuple(weight.shape)} in the model"
+            raise ValueError(checks.fault(f"layer {name} {owner}", f"of shape {shape}", got, remedy))
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], owner: str) -> None:
+    """Puts every stored tensor into its place; tied parameters stay tied because only their data change."""
+    places = model.state_dict(keep_vars=True)
+    remedy = "load it into the network it was made from"
+    given = {**{name: name for name in tensors}, **aliases}
+    missing, surplus = sorted(set(places) - set(given)), sorted(set(given) - set(places))
+    if missing or surplus:
+        parts = [f"{word}: {', '.join(names)}" for word, names in (("missing", missing), ("surplus", surplus)) if names]
+        raise ValueError(checks.fault(f"tensors {owner}", "those of the model", "; ".join(parts), remedy))
+    for name, place in places.items():
+        stored = tensors[given[name]]
+        if stored.shape != place.shape:
+            got = f"{tuple(stored.shape)} in the file"
+            raise ValueError(checks.fault(f"tensor {name} {owner}", f"of shape {tuple(place.shape)}", got, remedy))
+    with torch.no_grad():
+        for name, place in places.items():
+            place.data = tensors[given[name]].to(place.device)

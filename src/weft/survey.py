@@ -1,0 +1,634 @@
+"""What a network consists of: layers, shapes, costs, and the second moments of what flows through them."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from weft import checks
+from weft.layers.replace import dense_weight, geometry_of_layer, refusal
+from weft.measure import (
+    Batch,
+    batch_size,
+    call,
+    device_of,
+    evaluating,
+    logits_of,
+    network_cost,
+    slow_attention_path,
+    to_device,
+)
+from weft.numerics.gram import DEFAULT_SHRINKAGE
+from weft.progress import track
+from weft.storage import write_beside, write_text
+from weft.structures.base import (
+    BlockDiagonalGram,
+    Cost,
+    DenseGram,
+    DiagonalGram,
+    Geometry,
+    Gram,
+    Structure,
+    matrix_shape,
+)
+
+# Wider inputs get a diagonal Gram: a square one in float64 would take more than 2 GiB.
+WIDEST_DENSE_GRAM = 16384
+# Patches of a convolution, and rows of a linear layer, are multiplied in pieces of at most this many numbers.
+_PIECE = 2**24
+
+_GRAM_KINDS: dict[str, type[Any]] = {"dense": DenseGram, "blocks": BlockDiagonalGram, "diagonal": DiagonalGram}
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """One weight of the network; layers that share it are one entry.
+
+    Attributes:
+        name: the first layer's name.
+        names: all layers that share the weight.
+        weight: the weight itself (not a copy); shape (outputs, inputs) or (outputs, channels / groups, *kernel).
+        geometry: the convolution's, its input size known after a survey with batches; None for a linear layer.
+        applications: how often the matrix is applied to a vector per sample, on average; 0 where no data came by.
+        input_gram: the metric on inputs (patches for a convolution); None without batches.
+        output_gram: the metric on outputs; None without `loss` or `teacher`.
+        mean_input: the mean input vector (patch); None without batches.
+        mean_output: the mean output vector; None without batches.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    weight: Tensor = field(repr=False, compare=False)
+    geometry: Geometry | None = None
+    applications: float = 0.0
+    input_gram: Gram | None = field(default=None, repr=False, compare=False)
+    output_gram: Gram | None = field(default=None, repr=False, compare=False)
+    mean_input: Tensor | None = field(default=None, repr=False, compare=False)
+    mean_output: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return tuple(self.weight.shape)
+
+    @property
+    def calls(self) -> float:
+        """How often the layer is called per sample; vectors per sample for a linear layer."""
+        if self.geometry is None or self.geometry.input_size is None:
+            return self.applications
+        return self.applications / self.geometry.positions(self.shape[2:])
+
+    @property
+    def cost(self) -> Cost:
+        """The dense weight's cost; multiply-adds per sample, 0 where no data came by."""
+        count = self.weight.numel()
+        return Cost(count, count * self.weight.element_size(), round(count * self.applications))
+
+    def per_sample(self, cost: Cost) -> Cost:
+        """A structure's cost in this layer.
+
+        Args:
+            cost: as `StructuredMatrix.cost(geometry)` gives it, with this layer's geometry.
+
+        Returns:
+            The same with multiply-adds per sample of the network.
+        """
+        return replace(cost, multiply_adds=round(cost.multiply_adds * self.calls))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a network consists of.
+
+    Attributes:
+        layers: the weights that can be replaced, by the first layer's name.
+        left_dense: layers that stay as they are, with the reason, worded to follow "left dense, because".
+        total: the whole network's cost.
+        samples: how many samples of calibration data came by; 0 without batches.
+    """
+
+    layers: dict[str, LayerSurvey]
+    left_dense: dict[str, str]
+    total: Cost
+    samples: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary: everything but weights and second moments.
+
+        Returns:
+            JSON-ready data.
+        """
+        return {
+            "weft_survey": 1,
+            "samples": self.samples,
+            "total": asdict(self.total),
+            "layers": {
+                name: {
+                    "names": list(layer.names),
+                    "shape": list(layer.shape),
+                    "dtype": str(layer.weight.dtype).removeprefix("torch."),
+                    "geometry": None if layer.geometry is None else asdict(layer.geometry),
+                    "applications": layer.applications,
+                    "cost": asdict(layer.cost),
+                    "input_gram": None if layer.input_gram is None else type(layer.input_gram).__name__,
+                    "output_gram": None if layer.output_gram is None else type(layer.output_gram).__name__,
+                }
+                for name, layer in self.layers.items()
+            },
+            "left_dense": self.left_dense,
+        }
+
+    def save(self, path: str | os.PathLike[str], *, source: str = "") -> Path:
+        """Writes the summary as JSON, and the second moments beside it as safetensors.
+
+        Args:
+            path: the JSON file; the moments go to the same name with `.safetensors`.
+            source: the model source, recorded for the next verb.
+
+        Returns:
+            The JSON file's path.
+        """
+        target = Path(path)
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            for role in ("input_gram", "output_gram"):
+                gram = getattr(layer, role)
+                if gram is not None:
+                    kind = next(key for key, known in _GRAM_KINDS.items() if type(gram) is known)
+                    tensors[f"{name}|{role}|{kind}"] = gram.moment.contiguous()
+                    tensors[f"{name}|{role}|ridge"] = torch.tensor(gram.ridge, dtype=torch.float64)
+            for role in ("mean_input", "mean_output"):
+                mean = getattr(layer, role)
+                if mean is not None:
+                    tensors[f"{name}|{role}|vector"] = mean.contiguous()
+        if tensors:
+            write_beside(target.with_suffix(".safetensors"), lambda beside: save_file(tensors, beside))
+        summary = {**self.to_json(), "source": source, "moments": bool(tensors)}
+        return write_text(target, json.dumps(summary, indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> "Survey":
+        """Reads what `save` wrote and joins it with the model's weights.
+
+        Args:
+            path: the JSON file.
+            model: the surveyed model.
+
+        Returns:
+            The survey.
+
+        Raises:
+            FileNotFoundError: the file or its moments do not exist.
+            ValueError: it is no survey, or one of another model; the first layer that differs is named.
+        """
+        summary = read_json(path, "weft_survey", "write it with weft survey")
+        moments: dict[str, dict[str, dict[str, Tensor]]] = {}
+        if summary["moments"]:
+            beside = Path(path).with_suffix(".safetensors")
+            if not beside.is_file():
+                remedy = "survey again, or move both files together"
+                raise FileNotFoundError(checks.fault("moments", f"in {beside}", "no such file", remedy))
+            for key, tensor in load_file(beside).items():
+                name, role, kind = key.rsplit("|", 2)
+                moments.setdefault(name, {}).setdefault(role, {})[kind] = tensor
+        found, left_dense = find_layers(model)
+        for name, entry in summary["layers"].items():
+            expected = f"a layer of shape {tuple(entry['shape'])}"
+            remedy = "survey this model itself"
+            if name not in found:
+                raise ValueError(checks.fault(f"layer {name}", expected, "none in the model", remedy))
+            if list(found[name].shape) != entry["shape"]:
+                raise ValueError(checks.fault(f"layer {name}", expected, found[name].shape, remedy))
+        layers = {}
+        for name, layer in found.items():
+            entry = summary["layers"].get(name)
+            if entry is None:
+                raise ValueError(checks.fault(f"layer {name}", "in the survey", "missing", "survey this model itself"))
+            own = moments.get(name, {})
+            geometry = layer.geometry
+            if geometry is not None and entry["geometry"]["input_size"] is not None:
+                geometry = replace(geometry, input_size=tuple(entry["geometry"]["input_size"]))
+            layers[name] = replace(
+                layer,
+                geometry=geometry,
+                applications=entry["applications"],
+                input_gram=_gram_from(own.get("input_gram")),
+                output_gram=_gram_from(own.get("output_gram")),
+                mean_input=own.get("mean_input", {}).get("vector"),
+                mean_output=own.get("mean_output", {}).get("vector"),
+            )
+        return cls(layers, {**left_dense, **summary["left_dense"]}, Cost(**summary["total"]), summary["samples"])
+
+
+def read_json(path: str | os.PathLike[str], key: str, remedy: str) -> dict[str, Any]:
+    """Reads a JSON file of ours.
+
+    Args:
+        path: the file.
+        key: the key that tells its kind; its value is the format version, 1.
+        remedy: how such a file is made.
+
+    Returns:
+        The data.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, or of another kind or version.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(checks.fault("path", "an existing file", file, remedy))
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(checks.fault(str(file), "JSON", f"'{error}'", remedy)) from error
+    if not isinstance(data, dict) or data.get(key) != 1:
+        got = sorted(data)[:5] if isinstance(data, dict) else type(data).__name__
+        raise ValueError(checks.fault(str(file), f'JSON with "{key}": 1', got, remedy))
+    return data
+
+
+def _gram_from(stored: dict[str, Tensor] | None) -> Gram | None:
+    if stored is None:
+        return None
+    kind = next(name for name in stored if name != "ridge")
+    gram = _GRAM_KINDS[kind](stored[kind])
+    gram.ridge = float(stored["ridge"])
+    return gram
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding layers
+
+
+def find_layers(model: nn.Module) -> tuple[dict[str, LayerSurvey], dict[str, str]]:
+    """The weights of a model that can be replaced, and why others cannot.
+
+    Args:
+        model: the network.
+
+    Returns:
+        Weights by first layer name, and reasons by layer name.
+    """
+    left_dense: dict[str, str] = {}
+    groups: dict[int, list[str]] = {}
+    owners: dict[int, str] = {}  # weights that something else uses too
+    fused = {
+        f"{name}.{child}".lstrip(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.MultiheadAttention)
+        for child, _ in module.named_modules()
+        if child
+    }
+    for name, module in model.named_modules(remove_duplicate=False):
+        reason = refusal(module)
+        if reason is None and name in fused:
+            reason = "nn.MultiheadAttention reads its weight instead of calling it"
+        if reason is None:
+            groups.setdefault(id(module.weight), []).append(name)
+        else:
+            if reason:
+                left_dense[name] = reason
+            for parameter in module.parameters(recurse=False):
+                owners.setdefault(id(parameter), name)
+    layers = {}
+    for names in groups.values():
+        modules = [model.get_submodule(name) for name in names]
+        weight = dense_weight(modules[0])
+        if weight is None:
+            continue
+        geometry = geometry_of_layer(modules[0])
+        kinds = {type(module) for module in modules}
+        if id(weight) in owners:
+            for name in names:
+                left_dense[name] = f"its weight is shared with {owners[id(weight)]}"
+        elif len(kinds) > 1:
+            for name in names:
+                left_dense[name] = f"its weight is shared by layers of different kinds: {', '.join(names)}"
+        elif 0 in weight.shape:
+            left_dense[names[0]] = f"its weight is empty: {tuple(weight.shape)}"
+        else:
+            layers[names[0]] = LayerSurvey(names[0], tuple(names), weight.detach(), geometry)
+    return layers, left_dense
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Second moments
+
+
+def patches(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
+    """The input vectors that a convolution's matrix is applied to.
+
+    Args:
+        x: images, shape (batch, channels, *space).
+        kernel: the kernel's spatial size.
+        geometry: the convolution's.
+
+    Returns:
+        Shape (groups, batch · positions, channels / groups · kernel), in the order of `weight.flatten(1)`.
+    """
+    space = len(kernel)
+    x, padding = geometry.pad(x)
+    if any(padding):
+        x = F.pad(x, [size for pad in reversed(padding) for size in (pad, pad)])
+    for axis, (width, stride, spacing) in enumerate(zip(kernel, geometry.stride, geometry.dilation, strict=True)):
+        x = x.unfold(2 + axis, spacing * (width - 1) + 1, stride)[..., ::spacing]
+    # (batch, channels, *positions, *kernel) -> (groups, batch, *positions, channels / groups, *kernel)
+    x = x.unflatten(1, (geometry.groups, -1))
+    order = [1, 0, *range(3, 3 + space), 2, *range(3 + space, 3 + 2 * space)]
+    return x.permute(order).reshape(geometry.groups, -1, x.shape[2] * math.prod(kernel))
+
+
+class _Moments:
+    """Accumulates the moments of one weight over batches, in float64."""
+
+    def __init__(self, layer: LayerSurvey, spill: "_Spill", *, with_outputs: bool) -> None:
+        self.layer = layer
+        outputs, inputs = matrix_shape(layer.shape)
+        groups = 1 if layer.geometry is None else layer.geometry.groups
+        self.diagonal = inputs > WIDEST_DENSE_GRAM
+        self.input_moment = spill.zeros((groups, inputs) if self.diagonal else (groups, inputs, inputs))
+        self.output_moment = None
+        if with_outputs:
+            self.wide_output = outputs > WIDEST_DENSE_GRAM
+            self.output_moment = spill.zeros((outputs,) if self.wide_output else (outputs, outputs))
+        self.input_sum = torch.zeros(groups, inputs, dtype=torch.float64)
+        self.output_sum = torch.zeros(outputs, dtype=torch.float64)
+        self.vectors = 0
+        self.input_size: tuple[int, ...] | None = None
+
+    def add_input(self, x: Tensor) -> None:
+        geometry, (_, inputs) = self.layer.geometry, matrix_shape(self.layer.shape)
+        if geometry is None:
+            vectors = x.reshape(-1, inputs)
+            for piece in vectors.split(max(1, _PIECE // inputs)):
+                self._add_vectors(piece.unsqueeze(0))
+            return
+        kernel = self.layer.shape[2:]
+        x = x if x.ndim == len(self.layer.shape) else x.unsqueeze(0)
+        self.input_size = tuple(x.shape[2:])
+        positions = math.prod(geometry.output_size(kernel, self.input_size))
+        images = max(1, _PIECE // (positions * inputs * geometry.groups))
+        for piece in x.split(images):
+            self._add_vectors(patches(piece, kernel, geometry))
+
+    def _add_vectors(self, vectors: Tensor) -> None:
+        """Adds vectors of shape (groups, count, inputs)."""
+        vectors = vectors.detach()
+        vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+        if not bool(torch.isfinite(vectors).all()):
+            remedy = "repair the calibration data, or the layers before"
+            raise ValueError(checks.fault(f"inputs of layer {self.layer.name}", "finite", "NaN or infinite", remedy))
+        moment = vectors.square().sum(1) if self.diagonal else vectors.mT @ vectors
+        self.input_moment += moment.to(device="cpu", dtype=torch.float64)
+        self.input_sum += vectors.sum(1).to(device="cpu", dtype=torch.float64)
+        self.vectors += vectors.shape[1]
+
+    def add_output(self, y: Tensor) -> None:
+        self.output_sum += self._as_rows(y.detach()).to(torch.float64).sum(0).cpu()
+
+    def add_output_gradient(self, gradient: Tensor, samples: int) -> None:
+        rows = self._as_rows(gradient.detach()).float() * samples  # from the mean loss to each sample's own
+        if self.output_moment is None:
+            return
+        moment = rows.square().sum(0) if self.wide_output else rows.T @ rows
+        self.output_moment += moment.to(device="cpu", dtype=torch.float64)
+
+    def _as_rows(self, y: Tensor) -> Tensor:
+        if self.layer.geometry is not None:
+            y = y.movedim(-len(self.layer.shape) + 1, -1)
+        return y.reshape(-1, y.shape[-1])
+
+    def finish(self, samples: int, shrinkage: float) -> LayerSurvey:
+        count = max(1, self.vectors)
+        self.input_moment /= count
+        groups = len(self.input_moment)
+        if self.diagonal:
+            input_gram: Gram = DiagonalGram(self.input_moment.mean(0), shrinkage)
+        elif groups == 1:
+            input_gram = DenseGram(self.input_moment[0], shrinkage)
+        else:
+            input_gram = BlockDiagonalGram(self.input_moment, shrinkage)
+        output_gram: Gram | None = None
+        if self.output_moment is not None:
+            kind = DiagonalGram if self.wide_output else DenseGram
+            output_gram = kind(self.output_moment.div_(count), shrinkage)
+        geometry = self.layer.geometry
+        if geometry is not None:
+            geometry = replace(geometry, input_size=self.input_size)
+        return replace(
+            self.layer,
+            geometry=geometry,
+            applications=self.vectors / samples,
+            input_gram=input_gram,
+            output_gram=output_gram,
+            mean_input=(self.input_sum / count).squeeze(0) if groups == 1 else self.input_sum / count,
+            mean_output=self.output_sum / count,
+        )
+
+
+class _Spill:
+    """Gives out zeroed float64 tensors; beyond a limit of memory they live in temporary files."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+    def zeros(self, shape: tuple[int, ...]) -> Tensor:
+        count = math.prod(shape)
+        if count * 8 <= self.left:
+            self.left -= count * 8
+            return torch.zeros(shape, dtype=torch.float64)
+        handle, name = tempfile.mkstemp(prefix="weft-gram-")
+        os.close(handle)
+        tensor = torch.from_file(name, shared=True, size=count, dtype=torch.float64)  # a sparse file reads as zeros
+        # The mapping outlives the name, so that nothing is left behind whatever happens to the process.
+        Path(name).unlink()
+        return tensor.reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The survey
+
+
+def survey(
+    model: nn.Module,
+    batches: Iterable[Batch] | None = None,
+    *,
+    loss: Callable[[Any, Batch], Tensor] | None = None,
+    teacher: nn.Module | None = None,
+    shrinkage: float = DEFAULT_SHRINKAGE,
+    gram_memory: int = 4 * 2**30,
+    generator: torch.Generator | None = None,
+    shown: bool | None = None,
+) -> Survey:
+    """Finds the weights that can be replaced, and measures what flows through them.
+
+    The model is run in evaluation mode and is not changed; every module gets its own mode back.
+
+    Args:
+        model: any module with linear layers or convolutions, or one such layer.
+        batches: calibration data without labels: a tensor is called as `model(x)`, a tuple as `model(*x)`, a
+            dictionary as `model(**x)`. Without batches there are no Grams, and fits are in the Frobenius norm.
+        loss: takes the model's output and the batch and gives the mean loss over the batch's samples; its gradients
+            make the output Grams (empirical Fisher), by one backward pass per batch.
+        teacher: gives output Grams without labels: labels are drawn from its softmax (Fisher); usually the model.
+        shrinkage: the ridge of all Grams in units of the mean diagonal.
+        gram_memory: bytes of memory for all Grams together; those beyond it live in temporary files.
+        generator: the source of the drawn labels; a fixed seed where None.
+        shown: whether to draw a progress bar; where None, only on a terminal.
+
+    Returns:
+        The survey; layers that no batch reached are left dense with that reason.
+
+    Raises:
+        TypeError: a batch does not fit the model's signature.
+        ValueError: the model has no layer that can be replaced, there are no batches in `batches`, a batch does not
+            fit the model, or `loss` and `teacher` are both given or given without batches.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> found = survey(model, [torch.randn(16, 8)])
+        >>> sorted(found.layers), found.total.multiply_adds
+        (['0', '2'], 40)
+    """
+    if loss is not None and teacher is not None:
+        raise ValueError(checks.fault("loss and teacher", "one of the two", "both", "drop one"))
+    if batches is None and (loss is not None or teacher is not None):
+        raise ValueError(checks.fault("batches", "given with loss or teacher", None, "pass calibration data"))
+    layers, left_dense = find_layers(model)
+    if not layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_dense.items())[:3])
+        got = f"none in {type(model).__name__}" + (f" ({reasons})" if reasons else "")
+        remedy = "pass a model with nn.Linear or nn.Conv layers"
+        raise ValueError(checks.fault("model", "one with a layer that can be replaced", got, remedy))
+    for layer in layers.values():
+        checks.finite(f"weight of layer {layer.name}", layer.weight)
+    if batches is None:
+        return Survey(layers, left_dense, network_cost(model))
+    return _with_moments(
+        model, batches, layers, left_dense, loss, teacher, shrinkage, gram_memory, generator, shown
+    )
+
+
+def _with_moments(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    layers: dict[str, LayerSurvey],
+    left_dense: dict[str, str],
+    loss: Callable[[Any, Batch], Tensor] | None,
+    teacher: nn.Module | None,
+    shrinkage: float,
+    gram_memory: int,
+    generator: torch.Generator | None,
+    shown: bool | None,
+) -> Survey:
+    backward = loss is not None or teacher is not None
+    spill = _Spill(gram_memory)
+    moments = {name: _Moments(layer, spill, with_outputs=backward) for name, layer in layers.items()}
+    caught: list[tuple[_Moments, Tensor]] = []
+    handles = []
+
+    def listen(own: _Moments, module: nn.Module) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            own.add_input(args[0] if args else kwargs["input"])
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            own.add_output(output)
+            if not backward:
+                return None
+            # A copy goes on, so that an in-place activation does not change what was caught.
+            kept = output if output.requires_grad else output.detach().requires_grad_()
+            caught.append((own, kept))
+            return kept.clone()
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+
+    samples = 0
+    first: Batch | None = None
+    generator = generator or torch.Generator().manual_seed(0)
+    try:
+        for name, layer in layers.items():
+            for module in {id(found): found for found in map(model.get_submodule, layer.names)}.values():
+                listen(moments[name], module)
+        with evaluating(model), slow_attention_path(), torch.set_grad_enabled(backward):
+            for batch in track(batches, "surveying", shown=shown):
+                size = batch_size(batch)
+                batch = to_device(batch, device_of(model))
+                output = _call_checked(model, batch)
+                if backward:
+                    value = (
+                        loss(output, batch)
+                        if loss is not None
+                        else _drawn_label_loss(output, _teacher_output(teacher, model, output, batch), generator)
+                    )
+                    gradients = torch.autograd.grad(value, [tensor for _, tensor in caught], allow_unused=True)
+                    for (own, _), gradient in zip(caught, gradients, strict=True):
+                        if gradient is not None:
+                            own.add_output_gradient(gradient, size)
+                    caught.clear()
+                samples += size
+                first = batch if first is None else first
+    finally:
+        for handle in handles:
+            handle.remove()
+    if first is None or not samples:
+        remedy = "pass at least one batch; a generator can be used only once"
+        raise ValueError(checks.fault("batches", "not empty", "no samples", remedy))
+    reached = {}
+    for name, own in moments.items():
+        if own.vectors:
+            reached[name] = own.finish(samples, shrinkage)
+        else:
+            left_dense[name] = "no calibration data reached it"
+    if not reached:
+        remedy = "pass data that runs through the model's layers"
+        raise ValueError(checks.fault("batches", "such that they reach a layer", "none reached", remedy))
+    return Survey(reached, left_dense, network_cost(model, first), samples)
+
+
+def _call_checked(model: nn.Module, batch: Batch) -> Any:
+    try:
+        return call(model, batch)
+    except (RuntimeError, IndexError) as error:
+        shapes = ", ".join(str(tuple(item.shape)) for item in _tensors(batch)) or type(batch).__name__
+        remedy = "pass batches of the shape that the model takes"
+        first_line = str(error).splitlines()[0]
+        raise ValueError(
+            checks.fault("batches", "what the model takes", f"{shapes} ({first_line})", remedy)
+        ) from error
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, dict):
+        yield from (item for item in batch.values() if isinstance(item, Tensor))
+    elif isinstance(batch, list | tuple):
+        yield from (item for item in batch if isinstance(item, Tensor))
+
+
+def _teacher_output(teacher: nn.Module | None, model: nn.Module, output: Any, batch: Batch) -> Any:
+    if teacher is None or teacher is model:
+        return output
+    with evaluating(teacher), torch.no_grad():
+        return call(teacher, batch)
+
+
+def _drawn_label_loss(output: Any, teacher_output: Any, generator: torch.Generator) -> Tensor:
+    """Cross-entropy with labels drawn from the teacher: its gradients' second moment is the Fisher information."""
+    scores = logits_of(output)
+    flat = scores.reshape(-1, scores.shape[-1])
+    chances = logits_of(teacher_output).detach().reshape(flat.shape).float().softmax(-1).cpu()
+    labels = torch.multinomial(chances, 1, generator=generator).squeeze(1).to(flat.device)
+    per_sample = flat.shape[0] / max(1, scores.shape[0])
+    return F.cross_entropy(flat.float(), labels) * per_sample
