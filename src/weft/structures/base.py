@@ -351,7 +351,7 @@ class StructuredMatrix(nn.Module, ABC):
             x, kernel, padding = x.unsqueeze(2), (1, *kernel), (0, *padding)
             stride, dilation = (1, *stride), (1, *dilation)
         patches = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)
-        return self.affine(patches, bias).transpose(1, 2).reshape(len(x), self.outputs, *size)
+        return self.affine(patches, bias).transpose(1, 2).reshape(x.shape[0], self.outputs, *size)
 
     def parameter_count(self) -> int:
         """Real coefficients; here every floating stored tensor, a family of codes replaces this."""

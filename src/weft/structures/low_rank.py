@@ -233,9 +233,9 @@ class LowRankMatrix(StructuredMatrix):
 
     def convolve(self, x: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
         groups, space = geometry.groups, len(self.shape) - 2
-        folded = x.reshape(len(x) * groups, -1, *x.shape[2:])  # groups share R: they join the batch
+        folded = x.reshape(x.shape[0] * groups, -1, *x.shape[2:])  # groups share R: they join the batch
         hidden = geometry.convolve(folded, self.right, groups=1)
-        hidden = hidden.reshape(len(x), -1, *hidden.shape[2:])
+        hidden = hidden.reshape(x.shape[0], -1, *hidden.shape[2:])
         left = self.left.reshape(*self.left.shape, *(1,) * space)
         return CONVOLUTIONS[space](hidden, left, bias, groups=groups)
 
