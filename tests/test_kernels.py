@@ -196,6 +196,22 @@ def test_operation_obeys_the_dispatchers_rules():
             torch.library.opcheck(torch.ops.weft.low_rank_apply.default, tuple(arguments))
 
 
+def test_transforms_and_autocast_inside_a_compiled_graph():
+    x, left, right, bias = factors((4,), 5, 7, 2)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def mapped(rows):
+        return torch.func.vmap(kernels.low_rank_apply, in_dims=(0, None, None, None))(rows, left, right, bias)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def cast(rows):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return kernels.low_rank_apply(rows, left, right, bias)
+
+    assert_close_to_dense(mapped(x), x, left, right, bias)
+    assert cast(x).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("recording", [True, False])
 def test_compiles_into_one_graph_that_holds_the_operation(recording):
     arguments = factors((3,), 5, 7, 2)

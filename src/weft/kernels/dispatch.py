@@ -11,7 +11,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-__all__ = ["composes_reference", "native", "route", "takes_raw_pointers"]
+__all__ = ["calls_operation", "native", "route", "takes_raw_pointers"]
 
 
 def _load() -> tuple[Any, str]:
@@ -75,18 +75,22 @@ def _outside_plain_eager() -> bool:
     )
 
 
-def composes_reference() -> bool:
-    """Whether a call should be made of PyTorch's own operations instead of one opaque operation of weft's.
+def calls_operation(x: Tensor) -> bool:
+    """Whether a call should become one of weft's own operations in a compiled graph.
 
-    True while a model is exported or traced (the file must not need weft), and under functorch transforms,
-    forward-mode differentiation, autocast and dispatch modes, which know PyTorch's own operations.
+    Everything else that the native library cannot take is composed of PyTorch's operations: an exported or
+    traced model must not need weft, transforms and autocast know PyTorch's operations only, and in eager
+    training recording one operation of Python's costs more than recording the few of the reference.
+
+    Args:
+        x: The input of the primitive.
 
     Returns:
-        True for the composition, False where weft's operation may stand for it.
+        True while a compiler, not an exporter, records the call.
     """
-    if _is_compiling():
-        return torch.compiler.is_exporting()
-    return _outside_plain_eager()
+    return (
+        _is_compiling() and not torch.compiler.is_exporting() and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def takes_raw_pointers(*tensors: Tensor | None) -> bool:

@@ -33,9 +33,9 @@ def low_rank_apply(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None =
     """
     if dispatch.takes_raw_pointers(x, left, right, bias):
         return _apply_in_memory(x, left, right, bias)
-    if dispatch.composes_reference():
-        return reference(x, left, right, bias)
-    return _operation(x, left, right, bias)
+    if dispatch.calls_operation(x):
+        return _operation(x, left, right, bias)
+    return reference(x, left, right, bias)
 
 
 def reference(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
