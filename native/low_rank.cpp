@@ -14,7 +14,7 @@ namespace {
 constexpr std::int64_t slice = 64;
 
 // Multiply-adds below which waking a thread costs more than it saves.
-constexpr std::int64_t worth_a_thread = 64 * 1024;
+constexpr std::int64_t worth_a_thread = 256 * 1024;
 
 float *scratch(std::int64_t floats) {
     thread_local std::vector<float> memory;
