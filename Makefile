@@ -59,8 +59,8 @@ $(BIN)/python:
 	  fi; \
 	  if [ -n "$(PYTHON)" ]; then break; fi; \
 	done; \
-	echo "weft needs Python 3.11 or newer, and $(or $(PYTHON),none of python3.11 ... python3.14, python3, python) is that;" \
-	  "install one or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1
+	echo "weft needs Python 3.11 or newer; tried $(or $(PYTHON),python3.11 to python3.14 and python3 and python) in vain." \
+	  "Install one or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1
 
 # Built without isolation, so that the build tools are the pinned ones too.
 $(READY): pyproject.toml constraints.txt tools/install_torch.py CMakeLists.txt $(wildcard native/*) | $(BIN)/python
