@@ -11,7 +11,9 @@ import pytest
 
 from weft.structures.base import Geometry, Shape, Structure, matrix_shape
 from weft.structures.dense import Dense
+from weft.structures.hierarchical import Hierarchical
 from weft.structures.low_rank import LowRank
+from weft.structures.semiseparable import SequentiallySemiseparable
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,63 @@ def _quarter(shape: Shape) -> int:
     return max(1, min(matrix_shape(shape)) // 4)
 
 
+def _stages(shape: Shape) -> int:
+    return min(4, *matrix_shape(shape))
+
+
 EXAMPLES = [
     Example("dense", lambda shape: Dense(), exact=True),
-    Example("low_rank", lambda shape: LowRank(_quarter(shape)), exact=True, monotone={"rank": (1, 2, 3, 5, 8)}),
+    Example(
+        "low_rank", lambda shape: LowRank(_quarter(shape)), exact=True, monotone={"rank": (1, 2, 3, 5, 8)}
+    ),
     Example("low_rank_full", lambda shape: LowRank(min(matrix_shape(shape))), exact=True),
     Example("low_rank_randomized", lambda shape: LowRank(_quarter(shape), "randomized"), exact=True),
-    Example("low_rank_rrqr", lambda shape: LowRank(_quarter(shape), "rrqr"), exact=True, monotone={"rank": (1, 2, 3, 5, 8)}),
+    Example(
+        "low_rank_rrqr",
+        lambda shape: LowRank(_quarter(shape), "rrqr"),
+        exact=True,
+        monotone={"rank": (1, 2, 3, 5, 8)},
+    ),
     Example("low_rank_aca", lambda shape: LowRank(_quarter(shape), "aca"), exact=True),
+    Example(
+        "hierarchical",
+        lambda shape: Hierarchical(rank=1, leaf_size=5),
+        exact=True,
+        monotone={"rank": (1, 2, 3, 5, 8)},
+    ),
+    Example(
+        "hierarchical_uniform",
+        lambda shape: Hierarchical(rank=1, leaf_size=8, admissibility="uniform", clustering="automatic"),
+        reason="the clustering of a planted member is not found again from its values",
+    ),
+    Example(
+        "hierarchical_strong",
+        lambda shape: Hierarchical(rank=1, leaf_size=4, admissibility="strong", method="aca_full"),
+    ),
+    Example(
+        "hierarchical_geometric",
+        lambda shape: Hierarchical(
+            rank=_quarter(shape), tolerance=0.5, leaf_size=4, clustering="geometric", method="rrqr"
+        ),
+    ),
+    Example(
+        "hierarchical_adaptive",
+        lambda shape: Hierarchical(
+            tolerance=0.3, leaf_size=4, admissibility="adaptive", clustering="principal"
+        ),
+    ),
+    Example(
+        "sequentially_semiseparable",
+        lambda shape: SequentiallySemiseparable(_stages(shape), min(2, _quarter(shape))),
+        exact=True,
+        monotone={"state_dimension": (1, 2, 3, 5, 8)},
+    ),
+    Example(
+        "sequentially_semiseparable_tolerance",
+        lambda shape: SequentiallySemiseparable(_stages(shape), tolerance=0.2),
+        exact=True,
+        monotone={"tolerance": (0.5, 0.2, 0.05, 1e-3)},
+    ),
 ]
 
 LINEAR_SHAPES: tuple[Shape, ...] = ((6, 30), (30, 6), (16, 16), (13, 7), (1, 9), (9, 1), (1, 1), (40, 48))
