@@ -85,8 +85,10 @@ def share(argument: str, value: object, *, zero_allowed: bool = False) -> float:
         raise TypeError(fault(argument, "a number up to 1", repr(value), f"pass a float for {argument}"))
     enough = value >= 0 if zero_allowed else value > 0
     if not (enough and value <= 1):  # written so that NaN fails too
-        least = "from 0" if zero_allowed else "above 0"
-        raise ValueError(fault(argument, f"a share {least} and at most 1", value, f"use 0 < {argument} <= 1"))
+        least, sign = ("from 0", "<=") if zero_allowed else ("above 0", "<")
+        raise ValueError(
+            fault(argument, f"a share {least} and at most 1", value, f"use 0 {sign} {argument} <= 1")
+        )
     return float(value)
 
 
@@ -153,15 +155,14 @@ def finite(argument: str, tensor: Tensor) -> None:
 
 
 def weight(tensor: Tensor, argument: str = "weight") -> None:
-    """Checks a weight: floating, finite, at least two axes, none empty.
+    """Checks a weight: floating (else TypeError), finite, at least two axes, none empty.
 
     Args:
         tensor: what came.
         argument: the argument's name.
 
     Raises:
-        TypeError: it is no floating tensor.
-        ValueError: it is not finite, or its shape is no weight's.
+        ValueError: its shape is no weight's, or it is not finite.
     """
     if isinstance(tensor, Tensor) and (tensor.ndim < 2 or 0 in tensor.shape):
         expected = "of shape (outputs, inputs) or (outputs, channels, *kernel), no axis empty"
@@ -219,7 +220,11 @@ def tensor_names(got: Collection[str], expected: Collection[str], owner: str) ->
     missing = sorted(set(expected) - set(got))
     surplus = sorted(set(got) - set(expected))
     if missing or surplus:
-        parts = [f"{word}: {', '.join(names)}" for word, names in (("missing", missing), ("surplus", surplus)) if names]
+        parts = [
+            f"{word}: {', '.join(names)}"
+            for word, names in (("missing", missing), ("surplus", surplus))
+            if names
+        ]
         listed = ", ".join(sorted(got)) or "none"
         wanted = ", ".join(sorted(expected)) or "none"
         raise ValueError(fault(f"tensors of {owner}", wanted, listed, "; ".join([*parts, "reload or refit"])))

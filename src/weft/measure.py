@@ -26,12 +26,12 @@ Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 Metric = Callable[[nn.Module, Iterable[Any]], float]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Calling a model
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """Calls a model with a batch: a tensor as `model(x)`, a tuple or list as `model(*x)`, a dictionary as `model(**x)`.
+    """Calls a model with a batch: tensor `model(x)`, tuple or list `model(*x)`, dictionary `model(**x)`.
 
     Args:
         model: the network.
@@ -57,7 +57,7 @@ def call(model: nn.Module, batch: Batch) -> Any:
 
 
 class inputs:  # noqa: N801  (reads as a function: weft.inputs(loader))
-    """The inputs of (inputs, targets) batches, for calls that need no labels; can be iterated again and again.
+    """The inputs of (inputs, targets) batches, for calls that need no labels; iterates as often as they do.
 
     Args:
         batches: an iterable of pairs.
@@ -100,14 +100,14 @@ def to_device(value: Any, device: torch.device) -> Any:
         device: where to.
 
     Returns:
-        The same structure on the device.
+        The same structure on the device; tuples come back as lists.
     """
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(to_device(item, device) for item in value)
+        return [to_device(item, device) for item in value]
     return value
 
 
@@ -159,15 +159,19 @@ def logits_of(output: Any) -> Tensor:
         return output
     if isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    values = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    )
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
     remedy = "pass a metric= of your own"
-    raise TypeError(checks.fault("model output", "a tensor or something that holds one", type(output).__name__, remedy))
+    raise TypeError(
+        checks.fault("model output", "a tensor or something that holds one", type(output).__name__, remedy)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Metrics
 
 
@@ -176,14 +180,14 @@ def accuracy(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | N
 
     Args:
         model: the network; run in evaluation mode.
-        data: pairs of inputs and integer labels; labels of any shape that matches the scores without their last axis.
+        data: pairs of inputs and integer labels (anything else is a TypeError); labels of any shape that
+            matches the scores without their last axis.
         shown: whether to draw a progress bar; where None, only on a terminal.
 
     Returns:
         The share of labels that are the largest score.
 
     Raises:
-        TypeError: a batch is no pair, or its labels are no integers.
         ValueError: there are no batches, or labels and scores do not match.
     """
     right = count = 0
@@ -194,7 +198,11 @@ def accuracy(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | N
             scores = logits_of(call(model, to_device(given, device)))
             if labels.shape != scores.shape[:-1]:
                 remedy = "one label per score vector"
-                raise ValueError(checks.fault("labels", f"of shape {tuple(scores.shape[:-1])}", tuple(labels.shape), remedy))
+                raise ValueError(
+                    checks.fault(
+                        "labels", f"of shape {tuple(scores.shape[:-1])}", tuple(labels.shape), remedy
+                    )
+                )
             if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= scores.shape[-1]):
                 got = f"{int(labels.min())} to {int(labels.max())}"
                 remedy = "check that data and model have the same classes"
@@ -206,37 +214,53 @@ def accuracy(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | N
     return right / count
 
 
-def labelled(batch: Any) -> tuple[Any, Tensor]:
-    """Splits a batch into inputs and labels.
+def paired(batch: Any) -> tuple[Any, Tensor]:
+    """Splits a batch into inputs and targets.
 
     Args:
-        batch: (inputs, labels).
+        batch: (inputs, targets).
 
     Returns:
-        The inputs and the integer labels.
+        The inputs and the targets.
 
     Raises:
-        TypeError: it is no pair, or the labels are no integers.
+        TypeError: it is no pair.
     """
     if not (isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor)):
         remedy = "pass batches of (inputs, labels)"
         got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
         raise TypeError(checks.fault("data", "an iterable of (inputs, labels) pairs", got, remedy))
-    if batch[1].is_floating_point() or batch[1].is_complex():
-        remedy = "pass integer labels, or a metric= of your own"
-        raise TypeError(checks.fault("labels", "integers", batch[1].dtype, remedy))
-    return batch[0], batch[1].long()
+    return batch[0], batch[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def labelled(batch: Any) -> tuple[Any, Tensor]:
+    """Splits a batch into inputs and labels.
+
+    Args:
+        batch: (inputs, labels); what is no pair is a TypeError.
+
+    Returns:
+        The inputs and the integer labels.
+
+    Raises:
+        TypeError: the labels are no integers.
+    """
+    given, labels = paired(batch)
+    if labels.is_floating_point() or labels.is_complex():
+        remedy = "pass integer labels, or a metric= or loss= of your own"
+        raise TypeError(checks.fault("labels", "integers", labels.dtype, remedy))
+    return given, labels.long()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Cost
 
 
 def network_cost(model: nn.Module, batch: Batch | None = None) -> Cost:
     """What a whole network costs.
 
-    Multiply-adds are counted from a real run by torch's own counter (matrix products, convolutions, attention);
-    a structured layer counts with its own cost, whatever code ran it.
+    Multiply-adds are counted from a real run by torch's own counter (matrix products, convolutions,
+    attention); a structured layer counts with its own cost, whatever code ran it.
 
     Args:
         model: the network.
@@ -245,7 +269,7 @@ def network_cost(model: nn.Module, batch: Batch | None = None) -> Cost:
     Returns:
         Parameters and bytes of all stored tensors, shared ones once; multiply-adds per sample.
     """
-    layers = {module.matrix: module for module in model.modules() if isinstance(module, StructuredLayer)}
+    layers = {module.matrix for module in model.modules() if isinstance(module, StructuredLayer)}
     parameters = size = 0
     for matrix in layers:
         cost = matrix.cost()
@@ -272,7 +296,7 @@ def _count_multiply_adds(model: nn.Module, batch: Batch) -> int:
     def enter(module: StructuredLayer, _: Any) -> None:
         outside.append(-counter.get_total_flops() / 2)
 
-    def leave(module: StructuredLayer, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def leave(module: StructuredLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         outside[-1] += counter.get_total_flops() / 2  # what torch counted inside: to be taken off again
         geometry = geometry_of_layer(module)
         per_vector = module.matrix.multiply_adds()
@@ -282,7 +306,7 @@ def _count_multiply_adds(model: nn.Module, batch: Batch) -> int:
             space = len(module.matrix.shape) - 2
             positions = math.prod(output.shape[-space:])
             unit = module.matrix.multiply_adds(
-                _with_input_size(geometry, given[0].shape[-space:])
+                _with_input_size(geometry, (args[0] if args else kwargs["input"]).shape[-space:])
             )
             own.append(unit * output.numel() / (module.matrix.outputs * positions))
 
@@ -290,7 +314,7 @@ def _count_multiply_adds(model: nn.Module, batch: Batch) -> int:
         for module in model.modules():
             if isinstance(module, StructuredLayer):
                 handles.append(module.register_forward_pre_hook(enter))
-                handles.append(module.register_forward_hook(leave))
+                handles.append(module.register_forward_hook(leave, with_kwargs=True))
         try:
             with counter, slow_attention_path():
                 call(model, to_device(batch, device_of(model)))
@@ -319,7 +343,7 @@ def slow_attention_path() -> Any:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Latency
 
 
@@ -414,7 +438,7 @@ def repeat_to(batch: Any, size: int) -> Any:
         size: the number of samples wanted.
 
     Returns:
-        The same structure with `size` samples.
+        The same structure with `size` samples; tuples come back as lists.
     """
     if isinstance(batch, Tensor):
         if not batch.ndim:
@@ -423,7 +447,7 @@ def repeat_to(batch: Any, size: int) -> Any:
     if isinstance(batch, Mapping):
         return {key: repeat_to(item, size) for key, item in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(repeat_to(item, size) for item in batch)
+        return [repeat_to(item, size) for item in batch]
     return batch
 
 
@@ -501,7 +525,9 @@ def environment() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123  (no path of the user's)
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+            name = next(
+                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name
+            )
     except OSError:
         pass  # only Linux has it
     return {
@@ -515,7 +541,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Side by side
 
 
@@ -632,9 +658,9 @@ def side_by_side(
     if iter(data) is data:
         remedy = "pass a list or a DataLoader"
         raise TypeError(checks.fault("data", "iterable more than once", type(data).__name__, remedy))
-    first = next(iter(data), None)
+    first = next((batch for batch in data if batch_size(batch)), None)
     if first is None:
-        raise ValueError(checks.fault("data", "not empty", "no batches", "pass at least one batch"))
+        raise ValueError(checks.fault("data", "not empty", "no samples", "pass at least one batch"))
     sample = first[0] if isinstance(first, list | tuple) and len(first) == 2 else first
     if metric is None:
 
@@ -660,5 +686,3 @@ def side_by_side(
         layers=layer_rows(small),
         environment=environment(),
     )
-
-

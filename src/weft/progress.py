@@ -1,8 +1,8 @@
 """Progress bars: shown on a terminal, silent elsewhere."""
 
+import operator
 import sys
 from collections.abc import Iterable, Iterator
-
 from typing import TypeVar
 
 from rich.console import Console
@@ -27,8 +27,8 @@ def track(
     """
     if shown is None:
         shown = sys.stderr.isatty()
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
+    if total is None:
+        total = operator.length_hint(items) or None  # also where `__len__` exists but cannot tell
     yield from rich_track(
         items, description, total=total, disable=not shown, transient=True, console=Console(stderr=True)
     )

@@ -62,5 +62,7 @@ def squeeze(
     plan = allocate(found, families, limits, shown=shown)
     small, _ = compress(model, plan, found, batches=inputs(data), shown=shown)
     if epochs:
-        small, _ = fine_tune(small, data, teacher=model, epochs=epochs, learning_rate=learning_rate, shown=shown)
+        small, _ = fine_tune(
+            small, data, teacher=model, epochs=epochs, learning_rate=learning_rate, shown=shown
+        )
     return small, measure(small, against=model, data=data if held_out is None else held_out, shown=shown)

@@ -23,7 +23,9 @@ def geometry_of(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Geometry:
     if module.padding == "valid":
         padding = tuple((0, 0) for _ in module.kernel_size)
     elif module.padding == "same":  # torch pads the odd one out behind
-        totals = [spacing * (width - 1) for spacing, width in zip(module.dilation, module.kernel_size, strict=True)]
+        totals = [
+            spacing * (width - 1) for spacing, width in zip(module.dilation, module.kernel_size, strict=True)
+        ]
         padding = tuple((total // 2, total - total // 2) for total in totals)
     else:
         padding = tuple((int(before), int(before)) for before in module.padding)
@@ -61,16 +63,22 @@ class StructuredConvolution(StructuredLayer):
         self.padding_mode = geometry.padding_mode
         same = all(before == after for before, after in geometry.padding)
         self.padding = tuple(before for before, _ in geometry.padding) if same else "same"
-        self._reversed_padding_repeated_twice = list(itertools.chain.from_iterable(reversed(geometry.padding)))
+        self._reversed_padding_repeated_twice = list(
+            itertools.chain.from_iterable(reversed(geometry.padding))
+        )
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's own name, used as a keyword by callers)
         if input.ndim == len(self.matrix.shape) - 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         if input.ndim != len(self.matrix.shape) or input.shape[1] != self.in_channels:
-            expected = f"of shape (batch, {self.in_channels}, *space) with {len(self.kernel_size)} spatial axes"
+            expected = (
+                f"of shape (batch, {self.in_channels}, *space) with {len(self.kernel_size)} spatial axes"
+            )
             remedy = "pass images of the shape that the dense layer took"
             raise ValueError(checks.fault("input", expected, tuple(input.shape), remedy))
         return self.matrix.convolve(input, self.geometry, self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        )

@@ -1,6 +1,7 @@
 """Which layers of a network can hold a structured matrix, and how they are replaced."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,6 +12,15 @@ from weft.layers.linear import StructuredLinear
 from weft.structures.base import Geometry, StructuredMatrix
 
 _SUPPORTED: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTION_CLASSES)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def dense_weight(module: nn.Module) -> Tensor | None:
@@ -22,7 +32,8 @@ def dense_weight(module: nn.Module) -> Tensor | None:
     Returns:
         The weight parameter, or None where the layer cannot be replaced; `refusal` says why.
     """
-    return None if refusal(module) is not None else module.weight  # type: ignore[return-value]
+    layer: Any = module
+    return None if refusal(module) is not None else layer.weight
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -32,8 +43,8 @@ def refusal(module: nn.Module) -> str | None:
         module: any module.
 
     Returns:
-        None for a layer that can be replaced; "" for a module that holds no weight of this kind at all; else the
-        reason, worded to follow "left dense, because".
+        None for a layer that can be replaced; "" for a module that holds no weight of this kind at all; else
+        the reason, worded to follow "left dense, because".
     """
     if isinstance(module, StructuredLayer):
         return "it is compressed already"
@@ -41,23 +52,30 @@ def refusal(module: nn.Module) -> str | None:
         if isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001  (the transposed and lazy ones)
             return f"{type(module).__name__} is not supported yet"
         return ""
-    plain = next(kind for kind in _SUPPORTED if isinstance(module, kind))
-    if type(module).forward is not plain.forward:
+    if _computes_differently(module):
         return f"{type(module).__name__} computes in its own way"
     if "weight" not in module._parameters:  # noqa: SLF001  (tells a parameter from a computed attribute)
         return "its weight is computed by a parametrisation; remove that first"
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+    weight = module._parameters["weight"]  # noqa: SLF001
+    if isinstance(weight, nn.parameter.UninitializedParameter):
         return "it is lazy and has not seen an input yet"
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}"
+    if weight is None or not weight.is_floating_point():
+        return f"its weight is {None if weight is None else weight.dtype}"
     return None
+
+
+def _computes_differently(module: nn.Module) -> bool:
+    """Whether a subclass, or a wrapper put on the instance, has changed how the layer computes."""
+    plain = next(kind for kind in _SUPPORTED if isinstance(module, kind))
+    steps = [step for step in ("forward", "_conv_forward") if step in vars(plain)]
+    return any(step in vars(module) or getattr(type(module), step) is not vars(plain)[step] for step in steps)
 
 
 def replace_layer(model: nn.Module, names: Sequence[str], matrix: StructuredMatrix) -> nn.Module:
     """Replaces layers that share one weight by structured layers that share one matrix.
 
-    Biases, geometry, training mode, frozen weights and hooks of each layer are kept. A module that stands in several
-    places of the network stays one module.
+    Biases, geometry, training mode, frozen weights and hooks of each layer are kept. A module that stands in
+    several places of the network stays one module.
 
     Args:
         model: the network, changed in place.
@@ -70,19 +88,21 @@ def replace_layer(model: nn.Module, names: Sequence[str], matrix: StructuredMatr
     Raises:
         ValueError: a layer does not exist or cannot be replaced.
     """
-    made: dict[int, StructuredLayer] = {}
-    for name in names:
-        parent_name, _, attribute = name.rpartition(".")
+    modules: dict[str, nn.Module] = {}
+    for (
+        name
+    ) in names:  # all of them before the first one is replaced: a shared block has one layer under many names
         try:
-            module = model.get_submodule(name)
+            modules[name] = model.get_submodule(name)
         except AttributeError as error:
             remedy = "survey this model itself"
             raise ValueError(checks.fault(f"layer {name}", "a layer of the model", "none", remedy)) from error
-        if id(module) not in made:
-            made[id(module)] = structured_layer(module, matrix)
+    layers = {module: structured_layer(module, matrix) for module in dict.fromkeys(modules.values())}
+    for name, module in modules.items():
+        parent_name, _, attribute = name.rpartition(".")
         if not attribute:
-            return made[id(module)]
-        setattr(model.get_submodule(parent_name), attribute, made[id(module)])
+            return layers[module]
+        setattr(model.get_submodule(parent_name), attribute, layers[module])
     return model
 
 
@@ -101,22 +121,20 @@ def structured_layer(module: nn.Module, matrix: StructuredMatrix) -> StructuredL
     """
     weight = dense_weight(module)
     if weight is None:
-        raise ValueError(
-            checks.fault("layer", "one that can be replaced", type(module).__name__, "leave it dense")
-        )
+        reason = refusal(module) or f"{type(module).__name__} holds no weight of this kind"
+        remedy = f"leave it dense, because {reason}"
+        raise ValueError(checks.fault("layer", "one that can be replaced", type(module).__name__, remedy))
     checks.shape("matrix", matrix.shape, weight.shape, "fit the structure to this layer's weight")
     matrix.requires_grad_(weight.requires_grad).to(weight.device)
     geometry = geometry_of_layer(module)
-    layer: StructuredLayer
-    if geometry is None:
-        layer = StructuredLinear(matrix, module.bias)
-    else:
-        layer = StructuredConvolution(matrix, geometry, module.bias)
+    bias: Any = module.bias
+    layer = (
+        StructuredLinear(matrix, bias) if geometry is None else StructuredConvolution(matrix, geometry, bias)
+    )
     layer.train(module.training)
-    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+    for kind in _HOOKS:
         getattr(layer, kind).update(getattr(module, kind))
-    for kind in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
-        getattr(layer, kind).update(getattr(module, kind))
+    layer._is_full_backward_hook = module._is_full_backward_hook  # noqa: SLF001  (else torch passes them over)
     return layer
 
 
@@ -131,4 +149,4 @@ def geometry_of_layer(module: nn.Module) -> Geometry | None:
     """
     if isinstance(module, StructuredConvolution):
         return module.geometry
-    return geometry_of(module) if isinstance(module, CONVOLUTION_CLASSES) else None  # type: ignore[arg-type]
+    return geometry_of(module) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None

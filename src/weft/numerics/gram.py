@@ -5,8 +5,9 @@ A fit is nearest in ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖_F, where G = E[x xᵀ] is th
     Ĝ = G + shrinkage · mean(diag G) · I
 
 damps the noise of few samples. A `Gram` holds G and the ridge, and every method below acts with Ĝ, so that no
-family ever sees the raw moment. Three kinds cover all layers: dense; block-diagonal (grouped convolutions, where
-group i owns the i-th part of the weight's rows); diagonal (embeddings and inputs too wide for a square matrix).
+family ever sees the raw moment. Three kinds cover all layers: dense; block-diagonal (grouped convolutions,
+where group i owns the i-th part of the weight's rows); diagonal (embeddings and inputs too wide for a square
+matrix).
 """
 
 import hashlib
@@ -19,7 +20,8 @@ from torch import Tensor
 from weft import checks
 
 DEFAULT_SHRINKAGE = 0.1
-# Below this ratio of the least to the largest pivot, Cholesky's factor is noise and eigenvalues are floored instead.
+# Below this ratio of the least to the largest pivot, Cholesky's factor is noise and eigenvalues are floored
+# instead.
 _SINGULAR = 1e-13
 
 
@@ -72,6 +74,10 @@ class Gram(ABC):
     def root(self) -> Tensor:
         """A root R of Ĝ with R Rᵀ = Ĝ, float64, shape (size, size); blocks are averaged."""
         return self.average().whiten(torch.eye(self.size, dtype=torch.float64, device=self.moment.device))
+
+    def release(self) -> None:
+        """Drops roots that were kept for the next call: they take twice the memory of the moment itself."""
+        vars(self).pop("_roots", None)
 
     def digest(self) -> str:
         """A hash of the contents, for caches."""
@@ -178,7 +184,9 @@ class BlockDiagonalGram(Gram):
         moment = _check_moment(moment, shrinkage)
         if moment.ndim != 3 or moment.shape[1] != moment.shape[2]:
             expected = "of shape (groups, size, size)"
-            raise ValueError(checks.fault("moment", expected, tuple(moment.shape), "stack the groups' moments"))
+            raise ValueError(
+                checks.fault("moment", expected, tuple(moment.shape), "stack the groups' moments")
+            )
         self.moment = moment
         self.ridge = _ridge(moment.diagonal(dim1=1, dim2=2), shrinkage)
 
@@ -269,9 +277,7 @@ class DiagonalGram(Gram):
         return part
 
 
-def squared_error(
-    error: Tensor, input_gram: Gram | None = None, output_gram: Gram | None = None
-) -> Tensor:
+def squared_error(error: Tensor, input_gram: Gram | None = None, output_gram: Gram | None = None) -> Tensor:
     """The squared error ‖H^{1/2} E Ĝ^{1/2}‖²_F = tr(H E Ĝ Eᵀ).
 
     Args:

@@ -1,8 +1,8 @@
 """Allocation: one candidate for every layer, so that the budget is met and the network loses least.
 
-Every layer offers its error curve; a choice of one candidate each is a multiple-choice knapsack. The loss of a choice
-is the sum of the layers' squared relative errors, or, where the survey has output Grams, the Gauss-Newton prediction
-of the loss increase, Σ ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖²_F times the vectors per sample.
+Every layer offers its error curve; a choice of one candidate each is a multiple-choice knapsack. The loss of
+a choice is the sum of the layers' squared relative errors, or, where the survey has output Grams, the
+Gauss-Newton prediction of the loss increase, Σ ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖²_F times the vectors per sample.
 """
 
 import heapq
@@ -35,8 +35,8 @@ def allocate(
         survey: the network's survey.
         families: "all", names, or classes; leaving a layer dense is always a choice.
         budget: what the whole network may cost.
-        method: "lagrangian" walks down the layers' convex hulls, cheapest loss first, and gives back what is left
-            over; "uniform" takes the same share of every layer.
+        method: "lagrangian" walks down the layers' convex hulls, cheapest loss first, and gives back what is
+            left over; "uniform" takes the same share of every layer.
         curves: error curves that are already known; computed where None.
         shown: whether to draw a progress bar; where None, only on a terminal.
 
@@ -44,8 +44,8 @@ def allocate(
         The plan, with predicted costs and errors.
 
     Raises:
-        ValueError: nothing can meet the budget (the message says the smallest possible), a family or the method is
-            unknown, or the budget needs a survey with batches.
+        ValueError: nothing can meet the budget (the message says the smallest possible), a family or the
+            method is unknown, or the budget needs a survey with batches.
 
     Examples:
         >>> import torch, weft
@@ -97,7 +97,9 @@ def _violated(total: Cost, limits: Mapping[str, int]) -> list[str]:
     return [name for name, limit in limits.items() if getattr(total, name) > limit]
 
 
-def _check_reachable(rest: Cost, limits: Mapping[str, int], curves: Mapping[str, Sequence[Candidate]]) -> None:
+def _check_reachable(
+    rest: Cost, limits: Mapping[str, int], curves: Mapping[str, Sequence[Candidate]]
+) -> None:
     for name, limit in limits.items():
         least = getattr(rest, name) + sum(
             min(getattr(point.cost, name) for point in curve) for curve in curves.values()
@@ -120,7 +122,8 @@ def _walk_down(
 ) -> dict[str, Candidate]:
     """From the most accurate choice down the convex hulls, always the move that loses least per cost saved.
 
-    Costs are priced in units of their limits, and only while a limit is broken, so that several limits share one walk.
+    Costs are priced in units of their limits, and only while a limit is broken, so that several limits share
+    one walk.
     """
     chosen = {name: min(curve, key=lambda point: (point.error, point.cost)) for name, curve in curves.items()}
 
@@ -130,11 +133,18 @@ def _walk_down(
     while broken := _violated(_total(rest, chosen), limits):
         prices = {name: 1 / limits[name] for name in broken}
 
-        def next_move(name: str, prices: Mapping[str, float] = prices) -> tuple[float, int, str, Candidate] | None:
+        def next_move(
+            name: str, prices: Mapping[str, float] = prices
+        ) -> tuple[float, int, str, Candidate] | None:
             here = chosen[name]
             price = _price(here.cost, prices)
             moves = [
-                ((loss(name, point) - loss(name, here)) / (price - _price(point.cost, prices)), index, name, point)
+                (
+                    (loss(name, point) - loss(name, here)) / (price - _price(point.cost, prices)),
+                    index,
+                    name,
+                    point,
+                )
                 for index, point in enumerate(curves[name])
                 if _price(point.cost, prices) < price
             ]
@@ -217,5 +227,7 @@ def _uniform(
     chosen = at(low)
     if broken := _violated(_total(rest, chosen), limits):
         got = ", ".join(f"{name} {getattr(_total(rest, chosen), name)} > {limits[name]}" for name in broken)
-        raise ValueError(checks.fault("budget", "reachable in all its limits together", got, "raise one of them"))
+        raise ValueError(
+            checks.fault("budget", "reachable in all its limits together", got, "raise one of them")
+        )
     return chosen

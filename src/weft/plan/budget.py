@@ -72,7 +72,9 @@ class Budget:
             total = getattr(dense, name)
             if not total:
                 remedy = "survey with batches, so that the network is run"
-                raise ValueError(checks.fault(f"budget {name}", "measurable", "a survey without data", remedy))
+                raise ValueError(
+                    checks.fault(f"budget {name}", "measurable", "a survey without data", remedy)
+                )
             absolute[name] = int(limit * total) if isinstance(limit, float) or limit == 1 else limit
         return absolute
 

@@ -48,6 +48,9 @@ def layer_candidates(layer: LayerSurvey, families: Sequence[type[Structure]]) ->
         curve = family.error_curve(
             layer.weight, input_gram=layer.input_gram, output_gram=layer.output_gram, geometry=layer.geometry
         )
+        for gram in (layer.input_gram, layer.output_gram):
+            if gram is not None:
+                gram.release()
         found += [Candidate(point.structure, layer.per_sample(point.cost), point.error) for point in curve]
     return undominated(found)
 
@@ -65,7 +68,9 @@ def undominated(candidates: Iterable[Candidate]) -> list[Candidate]:
     kept: list[Candidate] = []
     for point in ordered:  # whoever could dominate it has no larger error, so stands before it
         own = _costs(point)
-        if not any(all(theirs <= mine for theirs, mine in zip(_costs(other), own, strict=True)) for other in kept):
+        if not any(
+            all(theirs <= mine for theirs, mine in zip(_costs(other), own, strict=True)) for other in kept
+        ):
             kept.append(point)
     return sorted(kept, key=_costs)
 

@@ -111,7 +111,8 @@ def check_plan(plan: Mapping[str, Structure], survey: Survey) -> None:
         survey: the model's survey.
 
     Raises:
-        ValueError: a layer is not in the model or left dense for a reason, or a structure is impossible for it.
+        ValueError: a layer is not in the model or left dense for a reason, or a structure is impossible for
+            it.
     """
     for name, structure in plan.items():
         layer = survey.layers.get(name)
@@ -123,7 +124,11 @@ def check_plan(plan: Mapping[str, Structure], survey: Survey) -> None:
         reason = structure.refusal(layer.shape, layer.geometry)
         if reason is not None:
             remedy = "choose another family for it"
-            raise ValueError(checks.fault(f"layer {name}", f"one that {structure} takes", f"refused, because {reason}", remedy))
+            raise ValueError(
+                checks.fault(
+                    f"layer {name}", f"one that {structure} takes", f"refused, because {reason}", remedy
+                )
+            )
         try:
             structure.check(layer.shape)
         except ValueError as error:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.measure import Batch, call, device_of, evaluating, to_device
+from weft import checks
+from weft.measure import Batch, batch_size, call, device_of, evaluating, to_device
 from weft.progress import track
 from weft.structures.base import StructuredMatrix
 from weft.survey import LayerSurvey
@@ -35,12 +36,12 @@ def bias_correction(layer: LayerSurvey, matrix: StructuredMatrix) -> Tensor | No
 def correct_batch_norm(
     model: nn.Module, dense: nn.Module, batches: Iterable[Batch], *, shown: bool | None = None
 ) -> int:
-    """Shifts and scales the batch-norm statistics of a compressed network by what compression did to their inputs.
+    """Corrects batch-norm statistics by what compression did to their inputs.
 
-    The running statistics are not re-estimated from the few calibration data, but corrected by the difference between
-    both networks on the same data, mean' = mean + (m − m₀) and variance' = variance · v / v₀, so that a layer whose
-    input did not change keeps its statistics, and sampling noise cancels. Every batch runs with its own correction, so
-    that later layers see inputs that are corrected already.
+    The running statistics are not re-estimated from the few calibration data, but corrected by the difference
+    between both networks on the same data, mean' = mean + (m − m₀) and variance' = variance · v / v₀, so that
+    a layer whose input did not change keeps its statistics, and sampling noise cancels. Every batch runs with
+    its own correction, so that later layers see inputs that are corrected already.
 
     Args:
         model: the compressed network, changed in place.
@@ -50,13 +51,16 @@ def correct_batch_norm(
 
     Returns:
         How many batch-norm layers were corrected.
+
+    Raises:
+        ValueError: there are batch-norm layers but no samples in the batches.
     """
     ours = _tracking(model)
     theirs = _tracking(dense)
     names = [name for name in ours if name in theirs]
     if not names:
         return 0
-    reference: dict[str, tuple[Tensor, Tensor]] = {}
+    reference: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}  # one per call, in order
     before = {name: (ours[name].running_mean.clone(), ours[name].running_var.clone()) for name in names}
     sums: dict[str, list[Tensor]] = {}
     weights: dict[str, int] = dict.fromkeys(names, 0)
@@ -64,13 +68,13 @@ def correct_batch_norm(
 
     def observe(name: str) -> Any:
         def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            reference[name] = _statistics(given[0])
+            reference[name].append(_statistics(given[0]))
 
         return hook
 
     def correct(name: str) -> Any:
         def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            own, other = _statistics(given[0]), reference[name]
+            own, other = _statistics(given[0]), reference[name].pop(0)
             count = given[0].shape[0]
             parts = [count * part for pair in (own, other) for part in pair]
             sums[name] = [a + b for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts
@@ -85,6 +89,8 @@ def correct_batch_norm(
     try:
         with evaluating(model), evaluating(dense), torch.no_grad():
             for batch in track(batches, "correcting", shown=shown):
+                if not batch_size(batch):
+                    continue
                 call(dense, to_device(batch, device_of(dense)))
                 call(model, to_device(batch, device_of(model)))
     finally:
@@ -94,6 +100,9 @@ def correct_batch_norm(
             if name in sums:
                 own_mean, own_var, mean, var = (part / weights[name] for part in sums[name])
                 _put(ours[name], before[name], (own_mean, own_var), (mean, var))
+    if not sums:
+        remedy = "pass at least one batch; a generator can be used only once"
+        raise ValueError(checks.fault("batches", "not empty", "no samples", remedy))
     return len(sums)
 
 

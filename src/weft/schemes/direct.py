@@ -3,11 +3,13 @@
 import copy
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from weft import checks
 from weft.layers.replace import replace_layer
 from weft.measure import Batch
 from weft.plan.plan import check_plan
@@ -16,7 +18,7 @@ from weft.schemes.corrections import bias_correction, correct_batch_norm
 from weft.schemes.result import Result
 from weft.structures.base import Structure, relative_error
 from weft.structures.dense import Dense
-from weft.survey import LayerSurvey, Survey
+from weft.survey import LayerSurvey, Survey, find_layers
 from weft.survey import survey as survey_model
 
 
@@ -42,11 +44,13 @@ def compress(
         shown: whether to draw progress bars; where None, only on a terminal.
 
     Returns:
-        The compressed network, in the modes and with the frozen weights of the dense one, and one log entry per
+        The compressed network, in the modes and with the frozen weights of the dense one, and one log entry
+        per
         layer: structure, cost, relative error (in the survey's metric), seconds.
 
     Raises:
-        ValueError: the plan names a layer that the model does not have or that a structure cannot take.
+        ValueError: the plan names a layer that the model does not have, that the survey knows in another
+            shape, or that a structure cannot take.
 
     Examples:
         >>> import weft
@@ -58,12 +62,20 @@ def compress(
     """
     survey = survey_model(model) if survey is None else survey
     check_plan(plan, survey)
+    own, _ = find_layers(model)
+    for name in plan:
+        expected = f"of shape {survey.layers[name].shape}, as surveyed"
+        if name not in own or own[name].shape != survey.layers[name].shape:
+            got = own[name].shape if name in own else "none in the model"
+            raise ValueError(checks.fault(f"layer {name}", expected, got, "survey this model itself"))
     small = copy.deepcopy(model)
     log: list[dict[str, Any]] = []
     for name, structure in track(plan.items(), "compressing", total=len(plan), shown=shown):
         if isinstance(structure, Dense):
             continue
-        small, entry = _replace(small, survey.layers[name], structure, correct_biases, generator)
+        # The model may have been trained on since the survey: it is its own weights that are fitted.
+        layer = replace(survey.layers[name], weight=own[name].weight, names=own[name].names)
+        small, entry = _replace(small, layer, structure, correct_biases, generator)
         log.append(entry)
     if batches is not None and log:
         correct_batch_norm(small, model, batches, shown=shown)
@@ -78,9 +90,12 @@ def _replace(
     generator: torch.Generator | None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     start = time.perf_counter()
-    grams = {"input_gram": layer.input_gram, "output_gram": layer.output_gram}
-    matrix = structure.fit(layer.weight, **grams, generator=generator)
-    error = relative_error(layer.weight, matrix.to_dense(), **grams)
+    inner, outer = layer.input_gram, layer.output_gram
+    matrix = structure.fit(layer.weight, input_gram=inner, output_gram=outer, generator=generator)
+    error = relative_error(layer.weight, matrix.to_dense(), input_gram=inner, output_gram=outer)
+    for gram in (inner, outer):
+        if gram is not None:
+            gram.release()
     model = replace_layer(model, layer.names, matrix)
     shift = bias_correction(layer, matrix) if correct_biases else None
     if shift is not None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import checks
-from weft.layers.base import StructuredLayer
-from weft.measure import call, device_of, evaluating, labelled, logits_of, to_device
+from weft.layers.base import harden, relax
+from weft.measure import batch_size, call, device_of, evaluating, labelled, logits_of, paired, to_device
 from weft.progress import track
 from weft.schemes.result import Result
 
@@ -62,30 +63,31 @@ class FineTune:
 
         Args:
             model: the compressed network; it is not changed.
-            batches: (inputs, labels) pairs that can be iterated once per epoch; with a teacher and no label share
-                inputs alone serve too.
+            batches: (inputs, labels) pairs that can be iterated once per epoch; with a teacher and no label
+                share inputs alone serve too.
             teacher: the dense network; its scores are the target.
             shown: whether to draw a progress bar; where None, only on a terminal.
 
         Returns:
-            The trained network in the modes of the given one, and one log entry per step: step, epoch, loss, seconds.
+            The trained network in the modes of the given one, and one log entry per step: step, epoch, loss,
+            seconds.
 
         Raises:
             ValueError: nothing can be trained, there are no batches, or the loss became NaN or infinite.
         """
         student = copy.deepcopy(model)
-        layers = [module for module in student.modules() if isinstance(module, StructuredLayer)]
-        for layer in layers:
-            layer.relax()
+        relax(student)
         parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         if not parameters:
             remedy = "unfreeze some weights"
-            raise ValueError(checks.fault("model", "one with weights to train", "none that requires a gradient", remedy))
+            raise ValueError(
+                checks.fault("model", "one with weights to train", "none that requires a gradient", remedy)
+            )
         log = self._train(student, parameters, batches, teacher, shown)
-        for layer in layers:
-            layer.harden()
-        for module, given in zip(student.modules(), model.modules(), strict=False):
-            module.training = given.training
+        harden(student)
+        modes = {name: module.training for name, module in model.named_modules()}
+        for name, module in student.named_modules():
+            module.training = modes.get(name, module.training)
         return Result(student, log)
 
     def _train(
@@ -101,7 +103,7 @@ class FineTune:
             if self.optimiser is None
             else self.optimiser(parameters)
         )
-        length = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+        length = operator.length_hint(batches)
         scheduler = None
         if length:
             total = length * self.epochs
@@ -114,7 +116,10 @@ class FineTune:
         start = time.perf_counter()
         student.train()
         for epoch in range(self.epochs):
+            steps_before = len(log)
             for batch in track(batches, f"fine-tuning, epoch {epoch + 1} of {self.epochs}", shown=shown):
+                if not batch_size(batch):
+                    continue
                 loss = self._loss(student, to_device(batch, device_of(student)), teacher)
                 value = float(loss.detach())
                 if not math.isfinite(value):
@@ -128,14 +133,15 @@ class FineTune:
                     scheduler.step()
                 seconds = time.perf_counter() - start
                 log.append({"step": len(log), "epoch": epoch, "loss": value, "seconds": seconds})
-        if not log:
-            remedy = "pass a list or a DataLoader, not a used-up iterator"
-            raise ValueError(checks.fault("batches", "not empty", "no batches", remedy))
+            if len(log) == steps_before:
+                remedy = "pass a list or a DataLoader, not an iterator that is used up"
+                got = f"no batches in epoch {epoch + 1}"
+                raise ValueError(checks.fault("batches", "not empty", got, remedy))
         return log
 
     def _loss(self, student: nn.Module, batch: Any, teacher: nn.Module | None) -> Tensor:
         if teacher is None:
-            given, labels = labelled(batch)
+            given, labels = self._split(batch)
             return self._label_loss(logits_of(call(student, given)), labels)
         pair = isinstance(batch, list | tuple) and len(batch) == 2
         given = batch[0] if pair else batch
@@ -149,11 +155,15 @@ class FineTune:
             reduction="batchmean",
         )
         loss = loss * self.temperature**2  # keeps the gradient's size whatever the temperature
-        if self.label_share and pair:
-            labels = labelled(batch)[1]
+        if self.label_share:
+            _, labels = self._split(batch)
             supervised = self._label_loss(scores * self.temperature, labels)
             loss = (1 - self.label_share) * loss + self.label_share * supervised
         return loss
+
+    def _split(self, batch: Any) -> tuple[Any, Tensor]:
+        """Inputs and labels; a loss of the user's own takes labels of any dtype."""
+        return labelled(batch) if self.loss is None else paired(batch)
 
     def _label_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         if self.loss is not None:

@@ -13,20 +13,20 @@ from weft.storage import load_into, read_metadata
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Rebuilds the network that `weft.save` wrote.
 
-    Without a model, the source that the file records is built, without any download of weights. A source of the form
-    `file.py:function` runs that function: load only files that you trust as you trust that code.
+    Without a model, the source that the file records is built, without any download of weights. A source of
+    the form `file.py:function` runs that function: load only files that you trust as you trust that code.
 
     Args:
         path: the file.
         model: the dense network that it was made of, or one of the same architecture; it is not changed.
 
     Returns:
-        The compressed network, in evaluation mode where it was rebuilt from its source, else in the model's modes.
+        The compressed network, in evaluation mode where it was rebuilt from its source, else in the model's
+        modes.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another version, or does not fit the model; or it records no source and no
-            model was given.
+        ValueError: the file records no source and no model was given, or it is damaged, of another version,
+            or does not fit the model.
     """
     metadata = read_metadata(path)
     if model is None:

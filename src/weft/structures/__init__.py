@@ -1,8 +1,8 @@
 """The families: this folder is the registry.
 
-Every module here but `base` holds one family. `families()` finds them, together with those that other packages
-register in the entry-point group `weft.structures`; the command line, JSON, documentation tables, planner, layers
-and schemes get families only from there.
+Every module here but `base` holds one family. `families()` finds them, together with those that other
+packages register in the entry-point group `weft.structures`; the command line, JSON, documentation tables,
+planner, layers and schemes get families only from there.
 """
 
 import functools
@@ -83,7 +83,9 @@ def family(name: str) -> type[Structure]:
     """
     known = families()
     if name not in known:
-        raise ValueError(checks.fault("family", f"one of {', '.join(known)}", repr(name), "check the spelling"))
+        raise ValueError(
+            checks.fault("family", f"one of {', '.join(known)}", repr(name), "check the spelling")
+        )
     return known[name]
 
 
@@ -101,14 +103,18 @@ def select(wanted: str | Iterable[str | type[Structure]]) -> list[type[Structure
     """
     if wanted == "all":
         return list(families().values())
-    items = [part.strip() for part in wanted.split(",") if part.strip()] if isinstance(wanted, str) else list(wanted)
+    items = (
+        [part.strip() for part in wanted.split(",") if part.strip()]
+        if isinstance(wanted, str)
+        else list(wanted)
+    )
     if not items:
         raise ValueError(checks.fault("families", "named", "none", 'use "all" or name one, e.g. LowRank'))
     return list(dict.fromkeys(family(item) if isinstance(item, str) else item for item in items))
 
 
 def from_json(data: Mapping[str, Any]) -> Structure:
-    """The structure that `Structure.to_json` wrote.
+    """The structure that `Structure.to_json` wrote; an unknown family or field is a ValueError.
 
     Args:
         data: a dictionary with the key "family"; nested structures are dictionaries of the same kind.
@@ -117,8 +123,7 @@ def from_json(data: Mapping[str, Any]) -> Structure:
         An equal structure.
 
     Raises:
-        TypeError: the data is no dictionary, or a value has the wrong type.
-        ValueError: the family or a field is unknown, or a value is impossible.
+        TypeError: the data is no dictionary with the key "family".
 
     Examples:
         >>> str(from_json({"family": "LowRank", "rank": 8}))

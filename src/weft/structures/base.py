@@ -1,11 +1,12 @@
 """The contract between families of matrices and everything that uses them.
 
-A `Structure` is a family together with its size: a frozen value without tensors. A `StructuredMatrix` is one member:
-a module that holds exactly the stored tensors and can be applied. Layers, planner, schemes, storage, command line
-and report know families only through these two classes.
+A `Structure` is a family together with its size: a frozen value without tensors. A `StructuredMatrix` is one
+member: a module that holds exactly the stored tensors and can be applied. Layers, planner, schemes, storage,
+command line and report know families only through these two classes.
 
-A class here is abstract or final. Public methods validate and are not overridden where an underscored twin exists
-(`fit` and `_fit`); the underscored one computes. Methods with a default that a family may replace say so.
+A class here is abstract or final. Public methods validate and are not overridden where an underscored twin
+exists (`fit` and `_fit`); the underscored one computes. Methods with a default that a family may replace say
+so.
 """
 
 import itertools
@@ -43,7 +44,7 @@ __all__ = [
 Shape = tuple[int, ...]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Values
 
 
@@ -54,7 +55,8 @@ class Cost:
     Attributes:
         parameters: real coefficients before packing, scales and codebooks included, indices and codes not.
         bytes: those of the stored tensors.
-        multiply_adds: per input vector; for a convolution per image where its input size is known, else per position.
+        multiply_adds: per input vector; for a convolution per image where its input size is known, else per
+            position.
     """
 
     parameters: int = 0
@@ -273,18 +275,20 @@ def relative_error(
     return math.sqrt(distance / size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The member
 
 
 class StructuredMatrix(nn.Module, ABC):
     """One member of a family: holds exactly the stored tensors and can be applied.
 
-    Stored tensors are the module's parameters (trainable) and persistent buffers (indices, codes). Copies packed for
-    kernels are non-persistent buffers. A subclass's constructor takes `(structure, shape, **stored tensors)`.
+    Stored tensors are the module's parameters (trainable) and persistent buffers (indices, codes). Copies
+    packed for kernels are non-persistent buffers. A subclass's constructor takes `(structure, shape, **stored
+    tensors)`.
 
     Attributes:
-        structure: the family with its sizes as they came out; a tolerance has become ranks where the family has them.
+        structure: the family with its sizes as they came out; a tolerance has become ranks where the family
+            has them.
         shape: the weight's own shape, (outputs, inputs) or (outputs, channels, *kernel).
     """
 
@@ -311,7 +315,7 @@ class StructuredMatrix(nn.Module, ABC):
 
     @abstractmethod
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
-        """Multiply-adds of one application, counted from the tensors; per image where the geometry has a size."""
+        """Multiply-adds of one application, from the tensors; per image where the geometry has a size."""
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Applies matrix and bias; a family whose last product can add the bias replaces this.
@@ -326,7 +330,7 @@ class StructuredMatrix(nn.Module, ABC):
         return self(x) if bias is None else self(x) + bias
 
     def convolve(self, x: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
-        """Applies the member as a convolution; here by unfolding, a family that knows the kernel's axes replaces this.
+        """Applies the member as a convolution, here by unfolding; families that know its axes replace this.
 
         Args:
             x: images, shape (batch, channels, *space).
@@ -389,7 +393,7 @@ class StructuredMatrix(nn.Module, ABC):
         return f"{self.structure}, shape={self.shape}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The family
 
 
@@ -397,8 +401,9 @@ class StructuredMatrix(nn.Module, ABC):
 class Structure(ABC):
     """A family of matrices together with its size.
 
-    A subclass is a frozen dataclass whose fields are numbers, strings, None, structures, or tuples of these. It gets
-    JSON, equality and hashing from its fields, and a place in every table from standing in the folder.
+    A subclass is a frozen dataclass whose fields are numbers, strings, None, structures, or tuples of these.
+    It gets JSON, equality and hashing from its fields, and a place in every table from standing in the
+    folder.
     """
 
     source: ClassVar[str]
@@ -408,7 +413,7 @@ class Structure(ABC):
     @classmethod
     @abstractmethod
     def candidates(cls, shape: Shape, inner: Iterable["Structure"] = ()) -> Iterator[Self]:
-        """The ladder of sizes, cheapest first; a wrapper builds on `inner`, the other families' candidates."""
+        """The ladder of sizes, cheapest first; a wrapper builds on `inner`, other families' candidates."""
 
     @abstractmethod
     def parameter_count(self, shape: Shape) -> int | None:
@@ -416,10 +421,10 @@ class Structure(ABC):
 
     @abstractmethod
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int | None:
-        """Multiply-adds of a member per input vector, or per image; None where the size depends on the weight."""
+        """Multiply-adds per input vector or per image; None where the size depends on the weight."""
 
     def refusal(self, shape: Shape, geometry: Geometry | None = None) -> str | None:
-        """Why this family cannot take a layer; None where it can. A family with wider abilities replaces this.
+        """Why this family cannot take a layer, or None; a family with wider abilities replaces this.
 
         Args:
             shape: the weight's shape.
@@ -449,7 +454,9 @@ class Structure(ABC):
     ) -> StructuredMatrix:
         """The member nearest to a weight in ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖_F.
 
-        Computed in float64 for float64 weights, else in float32; stored in the weight's dtype.
+        Computed in float64 for float64 weights, else in float32; stored in the weight's dtype. A weight
+        that is not finite, a Gram or a start of another shape, and a size that is impossible for the weight
+        are ValueErrors.
 
         Args:
             weight: W, shape (outputs, inputs) or (outputs, channels, *kernel), floating.
@@ -462,9 +469,7 @@ class Structure(ABC):
             The member.
 
         Raises:
-            TypeError: the weight is no floating tensor, or the start no structured matrix.
-            ValueError: the weight is not finite, a Gram or the start does not fit its shape, or the structure's size
-                is impossible for it.
+            TypeError: the start is no structured matrix.
         """
         checks.weight(weight)
         shape = tuple(weight.shape)
@@ -520,16 +525,13 @@ class Structure(ABC):
 
     @abstractmethod
     def from_tensors(self, shape: Shape, tensors: Mapping[str, Tensor]) -> StructuredMatrix:
-        """The member with the given stored tensors (dotted names for nested members); refuses what does not fit."""
+        """The member with the given tensors (dotted names for nested ones); refuses what does not fit."""
 
     def check(self, shape: Shape) -> None:
-        """Checks that the size is possible for a weight; a family with bounds replaces this.
+        """Checks that the size is possible for a weight (ValueError); families with bounds replace this.
 
         Args:
             shape: the weight's shape.
-
-        Raises:
-            ValueError: the shape is no weight's, or the size is impossible for it.
         """
         matrix_shape(shape)
 
@@ -543,7 +545,7 @@ class Structure(ABC):
         geometry: Geometry | None = None,
         inner: Iterable["Structure"] = (),
     ) -> list[Candidate]:
-        """Cost and error over the ladder of sizes; here every candidate is fitted, warm-started from the one before.
+        """Cost and error over the ladder of sizes, here by fitting every candidate.
 
         Args:
             weight: W.
@@ -598,7 +600,9 @@ class Structure(ABC):
         missing = [name for name, field in known.items() if field.default is MISSING and name not in data]
         if missing:
             raise ValueError(
-                checks.fault(f"fields of {cls.__name__}", "complete", f"none for {', '.join(missing)}", "add them")
+                checks.fault(
+                    f"fields of {cls.__name__}", "complete", f"none for {', '.join(missing)}", "add them"
+                )
             )
         hints = typing.get_type_hints(cls)
         return cls(**{name: _from_data(value, hints[name]) for name, value in data.items()})

@@ -1,8 +1,8 @@
 """Low rank: Ŵ = L R with r columns in L, the classical compression of a layer.
 
-With Grams the fit has a closed form (generalised Eckart-Young): with roots Ĝ = S Sᵀ and H = T Tᵀ the nearest matrix
-of rank r in ‖Tᵀ(W − Ŵ)S‖_F is Ŵ = T⁻ᵀ U_r U_rᵀ Tᵀ W, where U_r are the leading left singular vectors of Tᵀ W S.
-S is never inverted, so a singular input Gram needs no care.
+With Grams the fit has a closed form (generalised Eckart-Young): with roots Ĝ = S Sᵀ and H = T Tᵀ the nearest
+matrix of rank r in ‖Tᵀ(W − Ŵ)S‖_F is Ŵ = T⁻ᵀ U_r U_rᵀ Tᵀ W, where U_r are the leading left singular vectors
+of Tᵀ W S. S is never inverted, so a singular input Gram needs no care.
 """
 
 import math
@@ -42,8 +42,8 @@ class LowRank(Structure):
     """Matrices of a given rank, stored as two factors; a convolution becomes two.
 
     A convolution's kernel (outputs, channels, *kernel) is taken as the matrix (outputs, channels · kernel): a
-    convolution to `rank` channels with the original kernel size, then a 1×1 convolution. All groups of a grouped
-    convolution share the first one.
+    convolution to `rank` channels with the original kernel size, then a 1×1 convolution. All groups of a
+    grouped convolution share the first one.
 
     Args:
         rank: number of columns of the left factor, from 1 to the smaller side.
@@ -134,12 +134,15 @@ class LowRank(Structure):
             case "svd":
                 left, _ = truncated_svd(matrix, self.rank)
             case "randomized":
-                left, _ = randomized_svd(matrix, self.rank, generator=generator or torch.Generator().manual_seed(0))
+                left, _ = randomized_svd(
+                    matrix, self.rank, generator=generator or torch.Generator().manual_seed(0)
+                )
             case "rrqr":
                 left, _ = rank_revealing_qr(matrix, self.rank)
             case _:
                 left, _ = adaptive_cross_approximation(matrix, self.rank)
-        # Householder's Q is orthonormal whatever the columns: zeros stand in where the matrix had no more to give.
+        # Householder's Q is orthonormal whatever the columns: zeros stand in where the matrix had no more to
+        # give.
         return torch.linalg.qr(F.pad(left, (0, self.rank - left.shape[1]))).Q
 
     def initialise(
@@ -169,7 +172,7 @@ class LowRank(Structure):
         geometry: Geometry | None = None,
         inner: Iterable[Structure] = (),
     ) -> list[Candidate]:
-        """Every rank from one SVD: the squared error of rank r is the sum of the squared singular values beyond r."""
+        """Every rank from one SVD: the squared error of rank r is Σ σ_k² over k > r."""
         if isinstance(input_gram, BlockDiagonalGram):
             return super().error_curve(
                 weight, input_gram=input_gram, output_gram=output_gram, geometry=geometry, inner=inner
@@ -189,7 +192,9 @@ class LowRank(Structure):
         for rank in range(1, _break_even(shape) + 1):
             structure = cls(rank)
             parameters = structure.parameter_count(shape)
-            cost = Cost(parameters, parameters * weight.element_size(), structure.multiply_adds(shape, geometry))
+            cost = Cost(
+                parameters, parameters * weight.element_size(), structure.multiply_adds(shape, geometry)
+            )
             curve.append(Candidate(structure, cost, errors[rank - 1]))
         return curve
 
@@ -201,7 +206,7 @@ def _break_even(shape: Shape) -> int:
 
 
 def _solve_left_by_group(matrix: Tensor, right: Tensor, gram: BlockDiagonalGram) -> Tensor:
-    """The best L for a given R where every group of rows has its own metric: L_i = W_i Ĝ_i Rᵀ (R Ĝ_i Rᵀ)⁻¹."""
+    """The best L for a given R, each group of rows in its own metric: L_i = W_i Ĝ_i Rᵀ (R Ĝ_i Rᵀ)⁻¹."""
     metric = gram.matmul(right.repeat(gram.groups, 1)).reshape(gram.groups, *right.shape)  # R Ĝ_i
     target = matrix.reshape(gram.groups, -1, matrix.shape[1]) @ metric.mT
     solution = torch.linalg.lstsq(metric @ right.T, target.mT, driver="gelsd").solution
@@ -217,7 +222,7 @@ def _balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LowRankMatrix(StructuredMatrix):
-    """A member of `LowRank`: stores `left` (outputs, rank) and `right` (rank, inputs) or (rank, channels, *kernel)."""
+    """A member of `LowRank`: `left` (outputs, rank), `right` (rank, inputs) or (rank, channels, *kernel)."""
 
     def __init__(self, structure: LowRank, shape: Shape, left: Tensor, right: Tensor) -> None:
         super().__init__(structure, shape)

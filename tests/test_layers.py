@@ -1,0 +1,471 @@
+"""Layers that hold structured matrices, against torch's own dense layers."""
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import weft
+from tests.examples import Example, each_example
+from weft.layers.base import StructuredLayer, harden, relax
+from weft.layers.convolution import StructuredConvolution, geometry_of
+from weft.layers.linear import StructuredLinear
+from weft.layers.replace import refusal, replace_layer, structured_layer
+from weft.structures.base import Shape, StructuredMatrix, matrix_shape
+from weft.structures.dense import Dense, DenseMatrix
+from weft.structures.low_rank import LowRank
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def full_rank(shape: Shape) -> LowRank:
+    return LowRank(min(matrix_shape(shape)))
+
+
+def full_rank_layer(module: nn.Module) -> StructuredLayer:
+    """A structured layer that stores the dense layer's own weight, as two factors."""
+    return structured_layer(module, full_rank(module.weight.shape).fit(module.weight))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same function
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.booleans(), st.lists(st.integers(0, 3), max_size=3))
+@settings(deadline=None, max_examples=30)
+def test_a_linear_layer_computes_what_the_dense_one_did(
+    inputs: int, outputs: int, bias: bool, batch: list[int]
+) -> None:
+    module = nn.Linear(inputs, outputs, bias=bias, dtype=torch.float64)
+    x = torch.randn(*batch, inputs, dtype=torch.float64)
+    torch.testing.assert_close(full_rank_layer(module)(x), module(x))
+
+
+@st.composite
+def convolutions(draw: Any) -> tuple[nn.Module, Tensor]:
+    """A dense convolution of any geometry and an input that it takes."""
+    space = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+
+    def per_axis(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(space))
+
+    kernel, dilation = per_axis(1, 4 if space < 3 else 2), per_axis(1, 2)
+    padding = draw(st.sampled_from(["numbers", "same", "valid"]))
+    stride = (1,) * space if padding == "same" else per_axis(1, 3)
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    module = CONVOLUTIONS[space](
+        groups * draw(st.integers(1, 3)),
+        groups * draw(st.integers(1, 3)),
+        kernel,
+        stride=stride,
+        padding=per_axis(0, 3) if padding == "numbers" else padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=mode,
+        dtype=torch.float64,
+    )
+    size = [
+        draw(st.integers(spacing * (width - 1) + 4, spacing * (width - 1) + 6))
+        for spacing, width in zip(dilation, kernel, strict=True)
+    ]
+    batch = draw(st.sampled_from([(), (1,), (2,)]))
+    return module, torch.randn(*batch, module.in_channels, *size, dtype=torch.float64)
+
+
+@given(convolutions(), st.booleans())
+@settings(deadline=None, max_examples=120)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_a_convolution_computes_what_the_dense_one_did(
+    case: tuple[nn.Module, Tensor], factored: bool
+) -> None:
+    module, x = case
+    structure = full_rank(module.weight.shape) if factored else Dense()
+    layer = structured_layer(module, structure.fit(module.weight))
+    torch.testing.assert_close(layer(x), module(x))
+    assert layer.geometry.output_size(layer.kernel_size, x.shape[-len(layer.kernel_size) :]) == tuple(
+        module(x).shape[-len(layer.kernel_size) :]
+    )
+
+
+@each_example
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_family_computes_as_a_layer_what_its_dense_weight_computes(
+    example: Example, groups: int
+) -> None:
+    module = nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), groups=groups, dtype=torch.float64)
+    structure = example.structure(tuple(module.weight.shape))
+    matrix = structure.fit(module.weight)
+    if structure.refusal(matrix.shape, geometry_of(module)) is not None:
+        with pytest.raises(ValueError, match="matrix must be a family that takes this convolution"):
+            structured_layer(module, matrix)
+        return
+    layer = structured_layer(module, matrix)
+    with torch.no_grad():
+        module.weight.copy_(layer.weight)
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_precisions_stay_what_they_are(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 12)).to(dtype)
+    small, _ = weft.compress(model, {"0": LowRank(8), "2": LowRank(12)})
+    assert {tensor.dtype for tensor in small.state_dict().values()} == {dtype}
+    x = torch.randn(5, 3, 6, 6).to(dtype)
+    assert small(x).dtype == dtype
+    tolerance = 1e-10 if dtype == torch.float64 else 0.05
+    torch.testing.assert_close(small(x), model(x), rtol=tolerance, atol=tolerance)
+
+
+def test_a_non_contiguous_weight_is_taken_by_value() -> None:
+    module = nn.Linear(6, 8)
+    module.weight = nn.Parameter(torch.randn(6, 8).T)
+    images = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    assert not module.weight.is_contiguous()
+    assert not images.weight.is_contiguous()
+    for layer, x in ((module, torch.randn(3, 6)), (images, torch.randn(2, 4, 5, 5))):
+        torch.testing.assert_close(full_rank_layer(layer)(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bare_layer_is_a_model() -> None:
+    for model, x in ((nn.Linear(6, 8), torch.randn(3, 6)), (nn.Conv1d(3, 5, 2), torch.randn(2, 3, 6))):
+        small, log = weft.compress(model, {"": full_rank(model.weight.shape)})
+        assert isinstance(small, StructuredLayer)
+        assert [entry["layer"] for entry in log] == [""]
+        torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What code that looks at layers sees
+
+
+def test_attributes_are_those_of_the_dense_layer() -> None:
+    linear = nn.Linear(6, 8)
+    layer: Any = full_rank_layer(linear)
+    assert (layer.in_features, layer.out_features) == (6, 8)
+    assert layer.bias is linear.bias
+    torch.testing.assert_close(layer.weight, linear.weight.detach(), rtol=1e-4, atol=1e-5, check_dtype=True)
+    dense = nn.Conv2d(
+        4, 6, (3, 1), stride=(1, 2), padding=(1, 0), dilation=(2, 1), groups=2, padding_mode="reflect"
+    )
+    layer = full_rank_layer(dense)
+    names = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+    for name in names:
+        assert getattr(layer, name) == getattr(dense, name), name
+    assert layer.weight.shape == dense.weight.shape
+
+
+@pytest.fixture
+def weight_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type]]:
+    """Counts every access to a structured layer's dense weight."""
+    reads: list[type] = []
+    own = StructuredLayer.weight.fget
+
+    def count(layer: StructuredLayer) -> Tensor:
+        reads.append(type(layer))
+        return own(layer)
+
+    monkeypatch.setattr(StructuredLayer, "weight", property(count))
+    return reads
+
+
+@each_example
+def test_the_forward_pass_never_reads_the_dense_weight(example: Example, weight_reads: list[type]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 12))
+    plan = {name: example.structure(tuple(model.get_submodule(name).weight.shape)) for name in ("0", "3")}
+    matrices = {name: structure.fit(model.get_submodule(name).weight) for name, structure in plan.items()}
+    small = copy.deepcopy(model)
+    for name, matrix in matrices.items():
+        small = replace_layer(small, [name], matrix)
+    small.train()
+    small(torch.randn(2, 3, 5, 5)).sum().backward()
+    with torch.no_grad():
+        small.eval()(torch.randn(2, 3, 5, 5))
+    assert not weight_reads
+    assert small[0].weight.shape == (8, 3, 3, 3)  # the counter counts
+    assert len(weight_reads) == 1
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_transformer_never_computes_with_the_rebuilt_dense_weight(
+    grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    small, _ = weft.compress(model, {"linear1": LowRank(2), "linear2": LowRank(2)})
+    fused = []
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: fused.append(args))
+    called = []
+    for layer in (small.linear1, small.linear2):
+        layer.register_forward_hook(lambda module, given, output: called.append(module))
+    with torch.set_grad_enabled(grad):
+        output = small(torch.randn(3, 5, 16))
+    assert output.shape == (3, 5, 16)
+    assert not fused
+    assert called == [small.linear1, small.linear2]
+
+
+def test_a_whole_transformer_encoder_runs_in_evaluation_mode() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dtype=torch.float64)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).eval()
+    plan = {
+        f"layers.{index}.{name}": full_rank((32, 16)) for index in range(2) for name in ("linear1", "linear2")
+    }
+    small, _ = weft.compress(model, plan)
+    x = torch.randn(3, 5, 16, dtype=torch.float64)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x))
+        kept = ~mask
+        got, expected = small(x, src_key_padding_mask=mask), model(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(got[kept], expected[kept])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is kept
+
+
+@each_example
+def test_copies_and_pickles_of_a_compressed_model_agree(example: Example) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 9, 12)).eval()
+    small, _ = weft.compress(model, {"0": example.structure((8, 3, 3, 3)), "3": example.structure((12, 72))})
+    x = torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        expected = small(x)
+        for again in (copy.deepcopy(small), pickle.load(io.BytesIO(pickle.dumps(small)))):
+            assert torch.equal(again(x), expected)
+            assert not {id(tensor) for tensor in again.parameters()} & {
+                id(tensor) for tensor in small.parameters()
+            }
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_and_frozen_weights_are_kept(training: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 8), nn.Linear(8, 4))
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    model[2].train(training)
+    model[3].train(not training)
+    small, _ = weft.compress(model, {name: LowRank(2) for name in ("0", "2", "3")})
+    for name, module in model.named_modules():
+        assert small.get_submodule(name).training == module.training
+    assert [parameter.requires_grad for parameter in small[0].matrix.parameters()] == [False, False]
+    assert small[0].bias.requires_grad
+    assert all(parameter.requires_grad for parameter in small[2].matrix.parameters())
+    assert not small[2].bias.requires_grad
+    assert small[2].matrix.training == training
+
+
+def test_hooks_of_every_kind_are_kept() -> None:
+    calls: list[str] = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layer = model[1]
+    layer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    layer.register_forward_pre_hook(lambda *_: calls.append("before with keywords"), with_kwargs=True)
+    layer.register_forward_hook(lambda *_: calls.append("after"))
+    layer.register_forward_hook(
+        lambda *_: calls.append("after with keywords"), with_kwargs=True, always_call=True
+    )
+    layer.register_full_backward_pre_hook(lambda *_: calls.append("before backward"))
+    layer.register_full_backward_hook(lambda *_: calls.append("after backward"))
+    small, _ = weft.compress(model, {"1": LowRank(2)})
+    assert not calls
+    small(torch.randn(2, 4)).sum().backward()
+    expected = [
+        "before",
+        "before with keywords",
+        "after",
+        "after with keywords",
+        "before backward",
+        "after backward",
+    ]
+    assert sorted(calls) == sorted(expected)
+
+
+def test_one_module_in_two_places_stays_one() -> None:
+    shared = nn.Linear(6, 6)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    small, log = weft.compress(model, {"0": LowRank(2)})
+    assert small[0] is small[2]
+    assert isinstance(small[0], StructuredLinear)
+    assert len(log) == 1
+
+
+def test_one_block_in_two_places_stays_one() -> None:
+    block = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    model = nn.ModuleDict({"first": block, "second": block})
+    small, _ = weft.compress(model, {"first.0": LowRank(2)})
+    assert small["first"] is small["second"]
+    assert isinstance(small["first"][0], StructuredLinear)
+    x = torch.randn(2, 6)
+    assert torch.equal(small["first"](x), small["second"](x))
+
+
+def test_two_layers_with_one_weight_share_one_matrix_and_keep_their_biases() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    small, log = weft.compress(model, {"0": LowRank(2)})
+    assert small[0].matrix is small[2].matrix
+    assert small[0].bias is not small[2].bias
+    assert torch.equal(small[2].bias, model[2].bias)
+    assert len(log) == 1
+    assert len(list(small.parameters())) == 4
+
+
+def test_layers_that_share_a_weight_keep_their_own_geometry() -> None:
+    model = nn.ModuleList([
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Conv2d(3, 4, 3, padding=2, dilation=2, stride=2),
+    ])
+    model[1].weight = model[0].weight
+    small, _ = weft.compress(model, {"0": full_rank((4, 3, 3, 3))})
+    x = torch.randn(2, 3, 8, 8)
+    for index in (0, 1):
+        torch.testing.assert_close(small[index](x), model[index](x), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+class OwnForward(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(input) * 2
+
+
+class OwnConvolution(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        return super()._conv_forward(input, weight / weight.norm(), bias)
+
+
+class Subclass(nn.Linear):
+    """Changes nothing that matters."""
+
+
+def patched() -> nn.Linear:
+    layer = nn.Linear(3, 4)
+    plain = layer.forward
+    layer.forward = lambda input: plain(input) * 2  # type: ignore[method-assign]
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (OwnForward(3, 4), "OwnForward computes in its own way"),
+        (OwnConvolution(3, 4, 1), "OwnConvolution computes in its own way"),
+        (patched(), "Linear computes in its own way"),
+        (parametrizations.weight_norm(nn.Linear(3, 4)), "computed by a parametrisation"),
+        (parametrizations.orthogonal(nn.Conv2d(3, 4, 1)), "computed by a parametrisation"),
+        (prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5), "computed by a parametrisation"),
+        (nn.LazyLinear(4), "it is lazy"),
+        (nn.LazyConv2d(4, 3), "it is lazy"),
+        (nn.ConvTranspose2d(3, 4, 2), "ConvTranspose2d is not supported yet"),
+        (nn.Linear(3, 4, dtype=torch.complex64), "its weight is torch.complex64"),
+        (StructuredLinear(LowRank(1).fit(torch.ones(3, 4))), "it is compressed already"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_layers_that_cannot_be_replaced_say_why(module: nn.Module, reason: str) -> None:
+    assert reason in (refusal(module) or "")
+    with pytest.raises(ValueError, match="layer must be one that can be replaced"):
+        structured_layer(module, LowRank(1).fit(torch.ones(4, 3)))
+
+
+def test_other_modules_have_no_reason_and_plain_subclasses_none() -> None:
+    for module in (
+        nn.ReLU(),
+        nn.BatchNorm2d(3),
+        nn.Embedding(3, 4),
+        nn.LSTM(3, 4),
+        nn.Sequential(nn.Linear(2, 2)),
+    ):
+        assert refusal(module) == ""
+    assert refusal(Subclass(3, 4)) is None
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    matrix = LowRank(1).fit(torch.ones(4, 3))
+    with pytest.raises(ValueError, match=r"matrix must be of shape \(5, 3\), got \(4, 3\)"):
+        structured_layer(nn.Linear(3, 5), matrix)
+    with pytest.raises(ValueError, match=r"bias must be of shape \(4,\), got \(3,\)"):
+        StructuredLinear(matrix, torch.zeros(3))
+    with pytest.raises(ValueError, match="layer middle must be a layer of the model, got none"):
+        replace_layer(nn.Sequential(nn.Linear(3, 4)), ["middle"], matrix)
+    with pytest.raises(ValueError, match=r"x must be of shape \(\*batch, 3\), got \(2, 4\)"):
+        StructuredLinear(matrix)(torch.zeros(2, 4))
+    layer = full_rank_layer(nn.Conv2d(4, 6, 3, groups=2))
+    for shape in ((2, 2, 8, 8), (4, 8), (2, 4, 8), (1, 2, 4, 8, 8)):
+        with pytest.raises(
+            ValueError, match="input must be of shape \\(batch, 4, \\*space\\) with 2 spatial axes"
+        ):
+            layer(torch.zeros(shape))
+
+
+class Coded(StructuredMatrix):
+    """A member whose stored codes do not train as they are; its stand-in is a dense matrix."""
+
+    def __init__(self, codes: Tensor) -> None:
+        super().__init__(Dense(), codes.shape)
+        self.register_buffer("codes", codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.to_dense().T
+
+    def to_dense(self) -> Tensor:
+        return self.codes.to(torch.float32)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        return self.to_dense()[indices]
+
+    def multiply_adds(self, geometry: object = None) -> int:
+        return self.codes.numel()
+
+    def relax(self) -> StructuredMatrix:
+        return Relaxed(Dense(), self.shape, self.to_dense())
+
+
+class Relaxed(DenseMatrix):
+    def harden(self) -> StructuredMatrix:
+        return Coded(self.weight.round().to(torch.int8))
+
+
+def test_relaxing_and_hardening_keep_tied_layers_tied() -> None:
+    matrix = Coded(torch.arange(9, dtype=torch.int8).reshape(3, 3))
+    model = nn.Sequential(StructuredLinear(matrix), nn.Sequential(StructuredLinear(matrix))).eval()
+    relax(model)
+    assert isinstance(model[0].matrix, Relaxed)
+    assert model[0].matrix is model[1][0].matrix
+    with torch.no_grad():
+        model[0].matrix.weight += 1.2
+    harden(model)
+    assert model[0].matrix is model[1][0].matrix
+    assert torch.equal(model[1][0].matrix.codes, matrix.codes + 1)
+    assert not any(module.training for module in model.modules())
+
+
+def test_gradients_reach_the_factors_and_the_bias_of_a_convolution() -> None:
+    layer = full_rank_layer(nn.Conv2d(4, 6, 3, groups=2, padding=1))
+    assert isinstance(layer, StructuredConvolution)
+    layer(torch.randn(2, 4, 5, 5)).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.norm()) > 0, name
