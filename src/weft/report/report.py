@@ -1,7 +1,7 @@
 """A measurement that can show itself."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from weft.measure import Measurement, Metric, side_by_side
+from weft.measure import Latency, LayerRow, Measurement, Metric, Timing, side_by_side
 from weft.report.page import render_page
 from weft.storage import write_text
+from weft.structures.base import Cost
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,39 @@ class Report(Measurement):
             rows.append((name, f"{was:,}", f"{now:,}", f"{was / now:.2f}x" if now else "-"))
         for latency in self.latencies:
             threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
-            rows.append(
-                (
-                    f"latency, batch {latency.batch}, {threads}",
-                    _milliseconds(latency.dense.median),
-                    _milliseconds(latency.compressed.median),
-                    f"{latency.speedup:.2f}x",
-                )
-            )
+            rows.append((
+                f"latency, batch {latency.batch}, {threads}",
+                _milliseconds(latency.dense.median),
+                _milliseconds(latency.compressed.median),
+                f"{latency.speedup:.2f}x",
+            ))
         return rows
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Report":
+        """Reads what `to_json` gave.
+
+        Args:
+            data: the measurement as JSON data.
+
+        Returns:
+            An equal report.
+        """
+        latency_rows = [
+            Latency(row["batch"], row["threads"], Timing(**row["dense"]), Timing(**row["compressed"]))
+            for row in data["latencies"]
+        ]
+        layer_rows = [
+            LayerRow(**{
+                **row,
+                "shape": tuple(row["shape"]),
+                "dense": Cost(**row["dense"]),
+                "cost": Cost(**row["cost"]),
+            })
+            for row in data["layers"]
+        ]
+        costs = {name: Cost(**data[name]) for name in ("dense_cost", "cost")}
+        return cls(**{**data, **costs, "latencies": latency_rows, "layers": layer_rows})
 
     def table(self) -> Table:
         """The table for a terminal.

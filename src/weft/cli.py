@@ -1,0 +1,521 @@
+"""The command line: every verb reads the previous one's file and writes the next."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import weft
+from weft import checks
+from weft.demo import demonstrate
+from weft.export.onnx import check_onnx, export_onnx
+from weft.export.torch_export import export_torch
+from weft.kernels import route
+from weft.measure import environment, latencies
+from weft.plan.allocate import METHODS, allocate
+from weft.plan.budget import Budget
+from weft.plan.plan import Plan
+from weft.report.picture import write_picture
+from weft.report.report import Report, measure
+from weft.schemes.direct import compress
+from weft.schemes.fine_tune import fine_tune
+from weft.sources import Data, load, load_data, load_model
+from weft.storage import read_metadata, save, structured_layers, write_text
+from weft.structures import families
+from weft.survey import Survey, read_json, survey
+
+app = typer.Typer(
+    help="Trained networks made smaller and faster by re-weaving their weights from structured matrices.",
+    epilog="Example: weft compress model.py:make --weights model.safetensors --data digits --budget bytes=0.25 "
+    "-o small.safetensors",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+MODEL_HELP = "Model: path/to/file.py:function, torchvision:NAME, timm:NAME, or hf:NAME_OR_DIR."
+DATA_HELP = (
+    "Data: digits, mnist:DIR, cifar10:DIR, imagefolder:DIR, npz:FILE, hf:NAME, or path/to/file.py:function."
+)
+
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", help="Weights for the model: safetensors, npz, or a torch state dict."),
+]
+DataSource = Annotated[str | None, typer.Option("--data", help=DATA_HELP)]
+NeededData = Annotated[str, typer.Option("--data", help=DATA_HELP)]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Calibration samples.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")]
+BudgetText = Annotated[
+    str,
+    typer.Option(
+        "--budget", help="Limits, e.g. bytes=0.25 or parameters=0.2,multiply_adds=0.5; shares or numbers."
+    ),
+]
+FamilyNames = Annotated[str, typer.Option("--families", help="all, or names separated by commas.")]
+Method = Annotated[str, typer.Option("--method", help=f"How the budget is divided: {' or '.join(METHODS)}.")]
+Smallfile = Annotated[Path, typer.Argument(metavar="FILE", help="A network that weft saved (.safetensors).")]
+Dense = Annotated[
+    str | None, typer.Option("--model", help="The dense network, where FILE does not record its source.")
+]
+BatchSizes = Annotated[str, typer.Option("--batches", help="Batch sizes to time, separated by commas.")]
+ThreadCounts = Annotated[
+    str | None,
+    typer.Option("--threads", help="Thread counts to time, separated by commas; default: torch's own."),
+]
+
+
+@app.command(
+    "survey",
+    epilog="Example: weft survey torchvision:resnet18 --data imagefolder:photos --samples 512 -o survey.json",
+)
+def survey_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The survey to write.")] = Path(
+        "survey.json"
+    ),
+    weights: Weights = None,
+    data: DataSource = None,
+    samples: Samples = 1024,
+    batch_size: BatchSize = 64,
+    fisher: Annotated[
+        bool, typer.Option("--fisher", help="Also measure how much each output matters to the network.")
+    ] = False,
+) -> None:
+    """Lists a network's layers with their costs, and measures what flows through them."""
+    network = load_model(model, weights)
+    found = _survey(network, data, samples, batch_size, fisher)
+    _print_survey(found)
+    found.save(output, source=model, weights=_text(weights))
+    console.print(f"wrote {output}")
+
+
+@app.command(
+    "plan", epilog="Example: weft plan survey.json --budget parameters=0.25 --families LowRank -o plan.json"
+)
+def plan_command(
+    survey_file: Annotated[Path, typer.Argument(metavar="SURVEY", help="What weft survey wrote.")],
+    budget: BudgetText,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")] = Path("plan.json"),
+    chosen: FamilyNames = "all",
+    method: Method = "lagrangian",
+) -> None:
+    """Chooses a structure for every layer under a budget; the JSON may be edited by hand."""
+    limits = Budget.parse(budget)
+    network, found, summary = _read_survey(survey_file)
+    plan = allocate(found, chosen, limits, method=method)
+    _print_plan(plan, found)
+    record = {
+        **plan.to_json(),
+        "source": summary["source"],
+        "weights": summary["weights"],
+        "survey": str(survey_file),
+    }
+    write_text(output, json.dumps(record, indent=1))
+    console.print(f"wrote {output}")
+
+
+@app.command(
+    "compress",
+    epilog="Examples: weft compress plan.json --data digits -o small.safetensors    "
+    "weft compress model.py:make --data digits --budget bytes=0.25 -o small.safetensors",
+)
+def compress_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|PLAN", help=f"A plan (.json), or a model. {MODEL_HELP}")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The network to write.")] = Path(
+        "small.safetensors"
+    ),
+    weights: Weights = None,
+    data: DataSource = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="With MODEL: limits, e.g. bytes=0.25.")
+    ] = None,
+    chosen: FamilyNames = "all",
+    method: Method = "lagrangian",
+    samples: Samples = 1024,
+    batch_size: BatchSize = 64,
+    fisher: Annotated[
+        bool, typer.Option("--fisher", help="With MODEL: weight outputs by what they matter.")
+    ] = False,
+    epochs: Annotated[
+        int, typer.Option("--epochs", min=0, help="Passes of fine-tuning with the dense network as teacher.")
+    ] = 0,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of the fine-tuning.")] = 1e-3,
+) -> None:
+    """Fits every layer of a plan, or walks the whole path from a model to a smaller one."""
+    _check_folder(output)
+    if model.endswith(".json"):
+        if budget is not None:
+            raise ValueError(
+                checks.fault("--budget", "left out with a plan", budget, "plan again for another budget")
+            )
+        record = read_json(model, "weft_plan", "write it with weft plan")
+        plan = Plan.load(model)
+        network, found, _ = _read_survey(Path(record["survey"]))
+        source, weights_file = record["source"], record["weights"]
+    else:
+        if budget is None:
+            remedy = "e.g. --budget bytes=0.25"
+            raise ValueError(checks.fault("--budget", "given with a model", "none", remedy))
+        limits = Budget.parse(budget)
+        network = load_model(model, weights)
+        found = _survey(network, data, samples, batch_size, fisher)
+        plan = allocate(found, chosen, limits, method=method)
+        source, weights_file = model, _text(weights)
+    loaded = None if data is None else load_data(data)
+    calibration = (
+        None if loaded is None else loaded.inputs("calibration", batch_size=batch_size, limit=samples)
+    )
+    small, log = compress(network, plan, found, batches=calibration)
+    _print_plan(plan, found, log)
+    if epochs:
+        small = _tune(small, network, _needed(loaded), epochs, learning_rate, batch_size)
+    save(small, output, source=source, weights=weights_file)
+    console.print(f"wrote {output} ({output.stat().st_size:,} bytes)")
+
+
+@app.command(
+    "finetune",
+    epilog="Example: weft finetune small.safetensors --data digits --epochs 3 -o tuned.safetensors",
+)
+def finetune_command(
+    file: Smallfile,
+    data: NeededData,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The network to write.")] = Path(
+        "tuned.safetensors"
+    ),
+    dense: Dense = None,
+    weights: Weights = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training data.")] = 1,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of AdamW.")] = 1e-3,
+    batch_size: BatchSize = 64,
+) -> None:
+    """Trains a compressed network further, with the dense one as teacher."""
+    _check_folder(output)
+    small, network, source, weights_file = _read_pair(file, dense, weights)
+    tuned = _tune(small, network, load_data(data), epochs, learning_rate, batch_size)
+    save(tuned, output, source=source, weights=weights_file)
+    console.print(f"wrote {output} ({output.stat().st_size:,} bytes)")
+
+
+@app.command("evaluate", epilog="Example: weft evaluate small.safetensors --data digits -o run.json")
+def evaluate_command(
+    file: Smallfile,
+    data: NeededData,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The measurement to write.")] = Path(
+        "run.json"
+    ),
+    dense: Dense = None,
+    weights: Weights = None,
+    batch_size: BatchSize = 128,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many test samples.")] = None,
+    batches: BatchSizes = "1,128",
+    thread_counts: ThreadCounts = None,
+) -> None:
+    """Measures a compressed network against the dense one on held-out data."""
+    _check_folder(output)
+    small, network, _, _ = _read_pair(file, dense, weights)
+    report = measure(
+        small,
+        against=network,
+        data=load_data(data).batches("test", batch_size=batch_size, limit=limit),
+        batches=_numbers("--batches", batches),
+        thread_counts=None if thread_counts is None else _numbers("--threads", thread_counts),
+    )
+    console.print(report.table())
+    record = {"weft_run": 1, "command": f"weft {' '.join(sys.argv[1:])}", "measurement": report.to_json()}
+    write_text(output, json.dumps(record, indent=1))
+    console.print(f"wrote {output}")
+
+
+@app.command(
+    "bench", epilog="Example: weft bench small.safetensors --data digits --batches 1,16,128 --threads 1,2"
+)
+def bench_command(
+    file: Smallfile,
+    data: NeededData,
+    dense: Dense = None,
+    weights: Weights = None,
+    batches: BatchSizes = "1,16,128",
+    thread_counts: ThreadCounts = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long to time each row.")] = 2.0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A JSON file to write.")] = None,
+) -> None:
+    """Times the compressed network and the dense one in turns."""
+    small, network, _, _ = _read_pair(file, dense, weights)
+    rows = latencies(
+        network,
+        small,
+        load_data(data).sample_input,
+        batches=_numbers("--batches", batches),
+        thread_counts=None if thread_counts is None else _numbers("--threads", thread_counts),
+        seconds=checks.positive("--seconds", seconds),
+    )
+    table = Table(title=f"median milliseconds (10-90 %), kernels: {route()}", title_justify="left")
+    for heading in ("batch", "threads", "dense", "compressed", "time ratio"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = [
+            f"{timing.median * 1e3:.3f} ({timing.low * 1e3:.3f}-{timing.high * 1e3:.3f})"
+            for timing in (row.dense, row.compressed)
+        ]
+        table.add_row(
+            str(row.batch), str(row.threads), *cells, f"{row.compressed.median / row.dense.median:.3f}"
+        )
+    console.print(table)
+    if output is not None:
+        record = {
+            "weft_bench": 1,
+            "environment": environment(),
+            "rows": [
+                {
+                    "batch": row.batch,
+                    "threads": row.threads,
+                    "dense": vars(row.dense),
+                    "compressed": vars(row.compressed),
+                }
+                for row in rows
+            ],
+        }
+        write_text(output, json.dumps(record, indent=1))
+        console.print(f"wrote {output}")
+
+
+@app.command("report", epilog="Example: weft report run.json -o report.html")
+def report_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="What weft evaluate wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option("--title", help="The page's title.")] = "weft report",
+) -> None:
+    """Turns a measurement into one self-contained page."""
+    record = read_json(run, "weft_run", "write it with weft evaluate")
+    report = Report.from_json(record["measurement"])
+    report.write_html(output, title=title, command=record["command"])
+    console.print(report.table())
+    console.print(f"wrote {output}")
+
+
+@app.command("export", epilog="Example: weft export small.safetensors --data digits -o small.onnx")
+def export_command(
+    file: Smallfile,
+    data: NeededData,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx or .pt2 file.")] = Path(
+        "small.onnx"
+    ),
+    dense: Dense = None,
+) -> None:
+    """Writes the compressed network for onnxruntime (.onnx, checked there) or torch.export (.pt2)."""
+    if output.suffix not in {".onnx", ".pt2"}:
+        raise ValueError(
+            checks.fault("--output", "a .onnx or .pt2 file", output.name, "name it e.g. small.onnx")
+        )
+    _check_folder(output)
+    small = load(file, None if dense is None else load_model(dense))
+    sample = load_data(data).sample_input
+    if output.suffix == ".pt2":
+        export_torch(small, sample, output)
+        console.print(f"wrote {output} ({output.stat().st_size:,} bytes)")
+        return
+    export_onnx(small, sample, output)
+    difference = check_onnx(output, small, sample)
+    console.print(
+        f"wrote {output} ({output.stat().st_size:,} bytes); onnxruntime differs by {difference:.1e}"
+    )
+
+
+@app.command("picture", epilog="Example: weft picture small.safetensors classifier -o classifier.svg")
+def picture_command(
+    file: Smallfile,
+    layer: Annotated[str, typer.Argument(metavar="LAYER", help="The layer's name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .svg or .png file.")] = Path(
+        "picture.svg"
+    ),
+    dense: Dense = None,
+) -> None:
+    """Draws the block structure of a layer: low-rank blocks green with their rank, dense blocks red."""
+    small = load(file, None if dense is None else load_model(dense))
+    names = [name for group in structured_layers(small).values() for name in group]
+    checks.one_of("LAYER", layer, names)
+    matrix: Any = small.get_submodule(layer)
+    write_picture(matrix.matrix, output)
+    console.print(f"wrote {output}")
+
+
+@app.command("families", epilog="Example: weft families")
+def families_command() -> None:
+    """Lists the families of matrices, those of other packages included."""
+    table = Table(title_justify="left")
+    table.add_column("family")
+    table.add_column("what it is")
+    table.add_column("source")
+    for name, family in families().items():
+        table.add_row(name, (family.__doc__ or "").splitlines()[0], family.source)
+    console.print(table)
+
+
+@app.command("demo", epilog="Example: weft demo --out demo")
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", help="The folder to write to.")] = Path("demo"),
+) -> None:
+    """Trains a small network on scikit-learn's digits, compresses it to a quarter, measures and shows it."""
+    report = demonstrate(out, say=console.print)
+    console.print(report.table())
+    console.print(f"open {out / 'report.html'}; try: weft evaluate {out / 'small.safetensors'} --data digits")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _survey(network: nn.Module, data: str | None, samples: int, batch_size: int, fisher: bool) -> Survey:
+    if data is None:
+        if fisher:
+            raise ValueError(checks.fault("--data", "given with --fisher", "none", "add --data"))
+        return survey(network)
+    batches = load_data(data).inputs("calibration", batch_size=batch_size, limit=samples)
+    return survey(network, batches, teacher=network if fisher else None)
+
+
+def _read_survey(path: Path) -> tuple[nn.Module, Survey, dict[str, Any]]:
+    summary = read_json(path, "weft_survey", "write it with weft survey")
+    network = load_model(summary["source"], summary["weights"] or None)
+    return network, Survey.load(path, network), summary
+
+
+def _read_pair(file: Path, dense: str | None, weights: Path | None) -> tuple[nn.Module, nn.Module, str, str]:
+    """The compressed network, the dense one, and where the dense one comes from."""
+    metadata = read_metadata(file)
+    source = dense or metadata["source"]
+    if not source:
+        remedy = "add --model"
+        raise ValueError(checks.fault("--model", "given", f"none, and {file} records no source", remedy))
+    recorded = metadata["weights"] if dense is None else ""
+    weights_file = _text(weights) or recorded
+    network = load_model(source, weights_file or None)
+    return load(file, network), network, source, weights_file
+
+
+def _tune(
+    small: nn.Module, network: nn.Module, data: Data, epochs: int, learning_rate: float, batch_size: int
+) -> nn.Module:
+    torch.manual_seed(0)
+    batches = data.batches("train", batch_size=batch_size, shuffle=True)
+    tuned, _ = fine_tune(small, batches, teacher=network, epochs=epochs, learning_rate=learning_rate)
+    return tuned.eval()
+
+
+def _needed(data: Data | None) -> Data:
+    if data is None:
+        raise ValueError(checks.fault("--data", "given with --epochs", "none", "add --data"))
+    return data
+
+
+def _check_folder(path: Path) -> None:
+    """Finds out before the work whether its result can be written."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            checks.fault("--output", "in an existing folder", path, "create the folder first")
+        )
+
+
+def _numbers(argument: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            checks.fault(argument, "whole numbers separated by commas", text, "e.g. 1,128")
+        ) from None
+    for number in numbers:
+        checks.integer_between(argument, number, 1, None)
+    return numbers
+
+
+def _text(path: Path | None) -> str:
+    return "" if path is None else str(path)
+
+
+def _print_survey(found: Survey) -> None:
+    table = Table(title=f"{len(found.layers)} weights can be replaced", title_justify="left")
+    table.add_column("layer")
+    for heading in ("shape", "parameters", "of bytes", "multiply-adds", "of multiply-adds"):
+        table.add_column(heading, justify="right")
+    total = found.total
+    for layer in found.layers.values():
+        cost = layer.cost
+        table.add_row(
+            " = ".join(layer.names),
+            "x".join(map(str, layer.shape)),
+            f"{cost.parameters:,}",
+            f"{cost.bytes / total.bytes:.1%}",
+            f"{cost.multiply_adds:,}" if found.samples else "-",
+            f"{cost.multiply_adds / total.multiply_adds:.1%}" if total.multiply_adds else "-",
+        )
+    console.print(table)
+    adds = f", {total.multiply_adds:,} multiply-adds per sample" if total.multiply_adds else ""
+    console.print(f"the network: {total.parameters:,} parameters, {total.bytes:,} bytes{adds}")
+    for name, reason in found.left_dense.items():
+        console.print(f"{name} left dense, because {reason}", highlight=False)
+
+
+def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = None) -> None:
+    table = Table(title="plan", title_justify="left")
+    table.add_column("layer")
+    table.add_column("structure")
+    for heading in ("shape", "parameters", "of dense", "relative error"):
+        table.add_column(heading, justify="right")
+    measured = {entry["layer"]: entry for entry in log or []}
+    for name, structure in plan.items():
+        layer = found.layers[name]
+        point = plan.expected.get(name)
+        parameters = (
+            measured[name]["parameters"] if name in measured else point.cost.parameters if point else None
+        )
+        error = measured[name]["error"] if name in measured else point.error if point else None
+        table.add_row(
+            name,
+            str(structure),
+            "x".join(map(str, layer.shape)),
+            "-" if parameters is None else f"{parameters:,}",
+            "-" if parameters is None else f"{parameters / layer.cost.parameters:.1%}",
+            "-" if error is None else f"{error:.4f}",
+        )
+    console.print(table)
+    if plan.total is not None:
+        parts = [
+            f"{name.replace('_', '-')} {getattr(plan.total, name):,} ({getattr(plan.total, name) / dense:.1%} of dense)"
+            for name in ("parameters", "bytes", "multiply_adds")
+            if (dense := getattr(found.total, name))
+        ]
+        console.print("the network: " + ", ".join(parts), highlight=False)
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend is one line on standard error and exit status 2."""
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError, ImportError, PermissionError) as error:
+        if os.environ.get("WEFT_TRACEBACK"):
+            raise
+        line = " ".join(str(error).split())
+        print(f"weft: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def version_option(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Shows the version."""
+    if version:
+        print(f"weft {weft.__version__} ({route()})")
+        raise typer.Exit

@@ -1,0 +1,97 @@
+"""The demonstration: a small convolutional network on scikit-learn's digits, trained, compressed, shown."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from weft.plan.allocate import allocate
+from weft.plan.budget import Budget
+from weft.report.report import Report, measure
+from weft.schemes.direct import compress
+from weft.schemes.fine_tune import fine_tune
+from weft.sources import load, load_data
+from weft.storage import save, write_text
+from weft.survey import survey
+
+FAMILIES = "LowRank"
+
+
+def network():
+    """A small convolutional network for (1, 8, 8) images of ten digits, with random weights."""
+    from torch import nn  # noqa: PLC0415  (this function's text becomes a file of its own)
+
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 128, 3, padding=1, bias=False),
+        nn.BatchNorm2d(128),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128 * 4 * 4, 256),
+        nn.ReLU(),
+        nn.Linear(256, 10),
+    )
+
+
+def demonstrate(
+    folder: str | Path, *, say: Callable[[str], object] = print, shown: bool | None = None
+) -> Report:
+    """Trains, compresses to a quarter of the parameters, fine-tunes, measures, saves and loads back.
+
+    Args:
+        folder: where network.py, dense.safetensors, small.safetensors and report.html are written; made if missing.
+        say: what is called with every line of the story.
+        shown: whether to draw progress bars; where None, only on a terminal.
+
+    Returns:
+        The report.
+
+    Raises:
+        RuntimeError: the network that was loaded back does not give the same outputs.
+    """
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    source = f"{write_text(out / 'network.py', inspect.getsource(network))}:network"
+    digits = load_data("digits")
+    training = digits.batches("train", batch_size=64, shuffle=True)
+    held_out = digits.batches("test", batch_size=128)
+
+    torch.manual_seed(0)
+    dense, _ = fine_tune(network(), training, epochs=12, learning_rate=2e-3, shown=shown)
+    dense.eval()
+    save(dense, out / "dense.safetensors", source=source)
+    say(
+        f"trained a network of {sum(p.numel() for p in dense.parameters()):,} parameters on scikit-learn's digits"
+    )
+
+    found = survey(dense, digits.inputs("calibration"), shown=shown)
+    plan = allocate(found, FAMILIES, Budget(parameters=0.25), shown=shown)
+    for name, structure in plan.items():
+        say(f"  layer {name:>2} {found.layers[name].shape!s:>16} -> {structure}")
+    small, _ = compress(dense, plan, found, batches=digits.inputs("calibration"), shown=shown)
+    small, _ = fine_tune(small, training, teacher=dense, epochs=3, shown=shown)
+    small.eval()
+
+    report = measure(small, against=dense, data=held_out, shown=shown)
+    weights = str(out / "dense.safetensors")
+    path = save(small, out / "small.safetensors", source=source, weights=weights)
+    report.write_html(
+        out / "report.html", title="weft demo: scikit-learn's digits", command=f"weft demo --out {out}"
+    )
+
+    again = load(path)
+    images = next(iter(held_out))[0]
+    with torch.no_grad():
+        difference = float((again(images) - small(images)).abs().max())
+    if difference:
+        raise RuntimeError(
+            f"the network loaded from {path} differs by {difference} from the one that was saved"
+        )
+    say(f"loaded {path} back: the outputs for {len(images)} held-out images are bitwise the same")
+    return report
