@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -37,7 +38,6 @@ from weft.structures.base import (
     DiagonalGram,
     Geometry,
     Gram,
-    Structure,
     matrix_shape,
 )
 
@@ -46,7 +46,11 @@ WIDEST_DENSE_GRAM = 16384
 # Patches of a convolution, and rows of a linear layer, are multiplied in pieces of at most this many numbers.
 _PIECE = 2**24
 
-_GRAM_KINDS: dict[str, type[Any]] = {"dense": DenseGram, "blocks": BlockDiagonalGram, "diagonal": DiagonalGram}
+_GRAM_KINDS: dict[str, type[Any]] = {
+    "dense": DenseGram,
+    "blocks": BlockDiagonalGram,
+    "diagonal": DiagonalGram,
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,12 @@ class LayerSurvey:
     Attributes:
         name: the first layer's name.
         names: all layers that share the weight.
-        weight: the weight itself (not a copy); shape (outputs, inputs) or (outputs, channels / groups, *kernel).
-        geometry: the convolution's, its input size known after a survey with batches; None for a linear layer.
-        applications: how often the matrix is applied to a vector per sample, on average; 0 where no data came by.
+        weight: the weight itself (not a copy); shape (outputs, inputs) or (outputs, channels / groups,
+            *kernel).
+        geometry: the convolution's, its input size known after a survey with batches; None for a linear
+            layer.
+        applications: how often the matrix is applied to a vector per sample, on average; 0 where no data came
+            by.
         input_gram: the metric on inputs (patches for a convolution); None without batches.
         output_gram: the metric on outputs; None without `loss` or `teacher`.
         mean_input: the mean input vector (patch); None without batches.
@@ -147,17 +154,24 @@ class Survey:
             "left_dense": self.left_dense,
         }
 
-    def save(self, path: str | os.PathLike[str], *, source: str = "") -> Path:
+    def save(self, path: str | os.PathLike[str], *, source: str = "", weights: str = "") -> Path:
         """Writes the summary as JSON, and the second moments beside it as safetensors.
 
         Args:
             path: the JSON file; the moments go to the same name with `.safetensors`.
             source: the model source, recorded for the next verb.
+            weights: the file of its weights, likewise.
 
         Returns:
             The JSON file's path.
+
+        Raises:
+            ValueError: the name is that of the moments' file.
         """
         target = Path(path)
+        if target.suffix == ".safetensors":
+            expected = "a JSON file's name, the moments' file beside it ends in .safetensors"
+            raise ValueError(checks.fault("path", expected, target, "call it e.g. survey.json"))
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             for role in ("input_gram", "output_gram"):
@@ -172,12 +186,12 @@ class Survey:
                     tensors[f"{name}|{role}|vector"] = mean.contiguous()
         if tensors:
             write_beside(target.with_suffix(".safetensors"), lambda beside: save_file(tensors, beside))
-        summary = {**self.to_json(), "source": source, "moments": bool(tensors)}
+        summary = {**self.to_json(), "source": source, "weights": weights, "moments": bool(tensors)}
         return write_text(target, json.dumps(summary, indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> "Survey":
-        """Reads what `save` wrote and joins it with the model's weights.
+        """Reads what `save` wrote, both files, and joins it with the model's weights.
 
         Args:
             path: the JSON file.
@@ -187,17 +201,30 @@ class Survey:
             The survey.
 
         Raises:
-            FileNotFoundError: the file or its moments do not exist.
-            ValueError: it is no survey, or one of another model; the first layer that differs is named.
+            ValueError: it is damaged, no survey, or one of another model; the first layer that differs is
+                named.
         """
         summary = read_json(path, "weft_survey", "write it with weft survey")
+        try:
+            return cls._from_summary(summary, Path(path), model)
+        except (KeyError, TypeError) as error:
+            got = f"none for {error}" if isinstance(error, KeyError) else f"'{error}'"
+            raise ValueError(checks.fault(str(path), "complete", got, "write it with weft survey")) from error
+
+    @classmethod
+    def _from_summary(cls, summary: dict[str, Any], path: Path, model: nn.Module) -> "Survey":
         moments: dict[str, dict[str, dict[str, Tensor]]] = {}
         if summary["moments"]:
-            beside = Path(path).with_suffix(".safetensors")
+            beside = path.with_suffix(".safetensors")
             if not beside.is_file():
                 remedy = "survey again, or move both files together"
                 raise FileNotFoundError(checks.fault("moments", f"in {beside}", "no such file", remedy))
-            for key, tensor in load_file(beside).items():
+            try:
+                stored = load_file(beside)
+            except SafetensorError as error:
+                expected = "a whole safetensors file"
+                raise ValueError(checks.fault(str(beside), expected, f"'{error}'", "survey again")) from error
+            for key, tensor in stored.items():
                 name, role, kind = key.rsplit("|", 2)
                 moments.setdefault(name, {}).setdefault(role, {})[kind] = tensor
         found, left_dense = find_layers(model)
@@ -211,8 +238,12 @@ class Survey:
         layers = {}
         for name, layer in found.items():
             entry = summary["layers"].get(name)
+            if entry is None and name in summary["left_dense"]:  # no data reached it
+                continue
             if entry is None:
-                raise ValueError(checks.fault(f"layer {name}", "in the survey", "missing", "survey this model itself"))
+                raise ValueError(
+                    checks.fault(f"layer {name}", "in the survey", "missing", "survey this model itself")
+                )
             own = moments.get(name, {})
             geometry = layer.geometry
             if geometry is not None and entry["geometry"]["input_size"] is not None:
@@ -226,7 +257,9 @@ class Survey:
                 mean_input=own.get("mean_input", {}).get("vector"),
                 mean_output=own.get("mean_output", {}).get("vector"),
             )
-        return cls(layers, {**left_dense, **summary["left_dense"]}, Cost(**summary["total"]), summary["samples"])
+        return cls(
+            layers, {**left_dense, **summary["left_dense"]}, Cost(**summary["total"]), summary["samples"]
+        )
 
 
 def read_json(path: str | os.PathLike[str], key: str, remedy: str) -> dict[str, Any]:
@@ -266,7 +299,7 @@ def _gram_from(stored: dict[str, Tensor] | None) -> Gram | None:
     return gram
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Finding layers
 
 
@@ -314,6 +347,9 @@ def find_layers(model: nn.Module) -> tuple[dict[str, LayerSurvey], dict[str, str
         elif len(kinds) > 1:
             for name in names:
                 left_dense[name] = f"its weight is shared by layers of different kinds: {', '.join(names)}"
+        elif len({1 if found is None else found.groups for found in map(geometry_of_layer, modules)}) > 1:
+            for name in names:
+                left_dense[name] = f"its weight is shared by layers with other groups: {', '.join(names)}"
         elif 0 in weight.shape:
             left_dense[names[0]] = f"its weight is empty: {tuple(weight.shape)}"
         else:
@@ -321,7 +357,7 @@ def find_layers(model: nn.Module) -> tuple[dict[str, LayerSurvey], dict[str, str
     return layers, left_dense
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Second moments
 
 
@@ -340,7 +376,9 @@ def patches(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
     x, padding = geometry.pad(x)
     if any(padding):
         x = F.pad(x, [size for pad in reversed(padding) for size in (pad, pad)])
-    for axis, (width, stride, spacing) in enumerate(zip(kernel, geometry.stride, geometry.dilation, strict=True)):
+    for axis, (width, stride, spacing) in enumerate(
+        zip(kernel, geometry.stride, geometry.dilation, strict=True)
+    ):
         x = x.unfold(2 + axis, spacing * (width - 1) + 1, stride)[..., ::spacing]
     # (batch, channels, *positions, *kernel) -> (groups, batch, *positions, channels / groups, *kernel)
     x = x.unflatten(1, (geometry.groups, -1))
@@ -366,8 +404,9 @@ class _Moments:
         self.vectors = 0
         self.input_size: tuple[int, ...] | None = None
 
-    def add_input(self, x: Tensor) -> None:
-        geometry, (_, inputs) = self.layer.geometry, matrix_shape(self.layer.shape)
+    def add_input(self, x: Tensor, geometry: Geometry | None) -> None:
+        """Adds a layer's input; layers that share the weight may have other strides or dilations."""
+        _, inputs = matrix_shape(self.layer.shape)
         if geometry is None:
             vectors = x.reshape(-1, inputs)
             for piece in vectors.split(max(1, _PIECE // inputs)):
@@ -375,8 +414,9 @@ class _Moments:
             return
         kernel = self.layer.shape[2:]
         x = x if x.ndim == len(self.layer.shape) else x.unsqueeze(0)
-        self.input_size = tuple(x.shape[2:])
-        positions = math.prod(geometry.output_size(kernel, self.input_size))
+        if geometry == self.layer.geometry:
+            self.input_size = tuple(x.shape[2:])
+        positions = math.prod(geometry.output_size(kernel, x.shape[2:]))
         images = max(1, _PIECE // (positions * inputs * geometry.groups))
         for piece in x.split(images):
             self._add_vectors(patches(piece, kernel, geometry))
@@ -387,7 +427,9 @@ class _Moments:
         vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
         if not bool(torch.isfinite(vectors).all()):
             remedy = "repair the calibration data, or the layers before"
-            raise ValueError(checks.fault(f"inputs of layer {self.layer.name}", "finite", "NaN or infinite", remedy))
+            raise ValueError(
+                checks.fault(f"inputs of layer {self.layer.name}", "finite", "NaN or infinite", remedy)
+            )
         moment = vectors.square().sum(1) if self.diagonal else vectors.mT @ vectors
         self.input_moment += moment.to(device="cpu", dtype=torch.float64)
         self.input_sum += vectors.sum(1).to(device="cpu", dtype=torch.float64)
@@ -449,13 +491,15 @@ class _Spill:
             return torch.zeros(shape, dtype=torch.float64)
         handle, name = tempfile.mkstemp(prefix="weft-gram-")
         os.close(handle)
-        tensor = torch.from_file(name, shared=True, size=count, dtype=torch.float64)  # a sparse file reads as zeros
+        tensor = torch.from_file(
+            name, shared=True, size=count, dtype=torch.float64
+        )  # a sparse file reads as zeros
         # The mapping outlives the name, so that nothing is left behind whatever happens to the process.
         Path(name).unlink()
         return tensor.reshape(shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The survey
 
 
@@ -472,15 +516,18 @@ def survey(
 ) -> Survey:
     """Finds the weights that can be replaced, and measures what flows through them.
 
-    The model is run in evaluation mode and is not changed; every module gets its own mode back.
+    The model is run in evaluation mode and is not changed; every module gets its own mode back. Batches of
+    (inputs, labels) that the model does not take are a TypeError: pass `weft.inputs(batches)`.
 
     Args:
         model: any module with linear layers or convolutions, or one such layer.
         batches: calibration data without labels: a tensor is called as `model(x)`, a tuple as `model(*x)`, a
-            dictionary as `model(**x)`. Without batches there are no Grams, and fits are in the Frobenius norm.
-        loss: takes the model's output and the batch and gives the mean loss over the batch's samples; its gradients
-            make the output Grams (empirical Fisher), by one backward pass per batch.
-        teacher: gives output Grams without labels: labels are drawn from its softmax (Fisher); usually the model.
+            dictionary as `model(**x)`. Without batches there are no Grams, and fits are in the Frobenius
+            norm.
+        loss: takes the model's output and the batch and gives the mean loss over the batch's samples; its
+            gradients make the output Grams (empirical Fisher), by one backward pass per batch.
+        teacher: gives output Grams without labels: labels are drawn from its softmax (Fisher); usually the
+            model.
         shrinkage: the ridge of all Grams in units of the mean diagonal.
         gram_memory: bytes of memory for all Grams together; those beyond it live in temporary files.
         generator: the source of the drawn labels; a fixed seed where None.
@@ -490,9 +537,8 @@ def survey(
         The survey; layers that no batch reached are left dense with that reason.
 
     Raises:
-        TypeError: a batch does not fit the model's signature.
-        ValueError: the model has no layer that can be replaced, there are no batches in `batches`, a batch does not
-            fit the model, or `loss` and `teacher` are both given or given without batches.
+        ValueError: the model has no layer that can be replaced, there are no batches in `batches`, a batch
+            does not fit the model, or `loss` and `teacher` are both given or given without batches.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -538,8 +584,10 @@ def _with_moments(
     handles = []
 
     def listen(own: _Moments, module: nn.Module) -> None:
+        geometry = geometry_of_layer(module)
+
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            own.add_input(args[0] if args else kwargs["input"])
+            own.add_input(args[0] if args else kwargs["input"], geometry)
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             own.add_output(output)
@@ -555,6 +603,7 @@ def _with_moments(
 
     samples = 0
     first: Batch | None = None
+    applications_in_first: dict[str, float] = {}
     generator = generator or torch.Generator().manual_seed(0)
     try:
         for name, layer in layers.items():
@@ -563,25 +612,33 @@ def _with_moments(
         with evaluating(model), slow_attention_path(), torch.set_grad_enabled(backward):
             for batch in track(batches, "surveying", shown=shown):
                 size = batch_size(batch)
+                if not size:
+                    continue
                 batch = to_device(batch, device_of(model))
                 output = _call_checked(model, batch)
                 if backward:
                     value = (
                         loss(output, batch)
                         if loss is not None
-                        else _drawn_label_loss(output, _teacher_output(teacher, model, output, batch), generator)
+                        else _drawn_label_loss(
+                            output, _teacher_output(teacher, model, output, batch), generator
+                        )
                     )
-                    gradients = torch.autograd.grad(value, [tensor for _, tensor in caught], allow_unused=True)
+                    gradients = torch.autograd.grad(
+                        value, [tensor for _, tensor in caught], allow_unused=True
+                    )
                     for (own, _), gradient in zip(caught, gradients, strict=True):
                         if gradient is not None:
                             own.add_output_gradient(gradient, size)
                     caught.clear()
                 samples += size
-                first = batch if first is None else first
+                if first is None:
+                    first = batch
+                    applications_in_first = {name: own.vectors / size for name, own in moments.items()}
     finally:
         for handle in handles:
             handle.remove()
-    if first is None or not samples:
+    if first is None:
         remedy = "pass at least one batch; a generator can be used only once"
         raise ValueError(checks.fault("batches", "not empty", "no samples", remedy))
     reached = {}
@@ -593,7 +650,14 @@ def _with_moments(
     if not reached:
         remedy = "pass data that runs through the model's layers"
         raise ValueError(checks.fault("batches", "such that they reach a layer", "none reached", remedy))
-    return Survey(reached, left_dense, network_cost(model, first), samples)
+    # The network is counted on the first batch; where batches differ in length, its layers are known better.
+    total = network_cost(model, first)
+    more = sum(
+        layer.weight.numel() * (layer.applications - applications_in_first[name])
+        for name, layer in reached.items()
+    )
+    total = replace(total, multiply_adds=total.multiply_adds + round(more))
+    return Survey(reached, left_dense, total, samples)
 
 
 def _call_checked(model: nn.Module, batch: Batch) -> Any:
@@ -625,7 +689,7 @@ def _teacher_output(teacher: nn.Module | None, model: nn.Module, output: Any, ba
 
 
 def _drawn_label_loss(output: Any, teacher_output: Any, generator: torch.Generator) -> Tensor:
-    """Cross-entropy with labels drawn from the teacher: its gradients' second moment is the Fisher information."""
+    """Cross-entropy with labels drawn from the teacher; its gradients' second moment is the Fisher matrix."""
     scores = logits_of(output)
     flat = scores.reshape(-1, scores.shape[-1])
     chances = logits_of(teacher_output).detach().reshape(flat.shape).float().softmax(-1).cpu()
