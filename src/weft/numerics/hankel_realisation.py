@@ -44,8 +44,8 @@ from weft.numerics.svd import singular_value_decomposition
 
 # Sweeps stop paying where the truncation has already reached the resolution of the squares it is measured by.
 _SWEEP_FLOOR = torch.finfo(torch.float64).eps
-# Directions of a metric below this share of the largest are noise of the float64 products that formed it.
-_METRIC_FLOOR = 1e-13
+# Directions of a metric below this share of the largest are mostly noise of the products that formed it.
+_METRIC_FLOOR = 1e-12
 # By how much the extrapolation of the weighted descent goes further after each success.
 _STRIDE_GROWTH = 1.5
 
@@ -379,8 +379,12 @@ def realise_weighted(
     candidates.append(_regressed(exact, rows, columns, dimensions, input_metric, output_metric))
     descents = [_Descent(exact, candidate, input_metric, output_metric) for candidate in candidates]
     descent = min(descents, key=lambda each: each.error)
+    initial, initial_error = descent.realisation(), descent.error
+    negligible = _SWEEP_FLOOR * _metric_residual(exact, input_metric, output_metric)[1]
     previous, stride = None, 1.0
     for _ in range(0, passes, 2):
+        if not descent.error > negligible:
+            break
         before = descent.error
         if previous is not None:
             ahead = _extrapolated(descent.realisation(), previous, stride)
@@ -398,7 +402,10 @@ def realise_weighted(
         # The squared error falls by twice the relative gain of the error.
         if not before - descent.error > 2 * least_gain * descent.error:
             break
-    return cast(balance(descent.realisation()), weight.dtype)
+    found = balance(descent.realisation())
+    # Where the metric is singular, rounding may have carried the tracked error away from the true one.
+    true_error = _metric_residual(exact - found.dense(), input_metric, output_metric)[1]
+    return cast(found if true_error <= initial_error else balance(initial), weight.dtype)
 
 
 def _extrapolated(current: Realisation, previous: Realisation, stride: float) -> Realisation:
@@ -525,7 +532,8 @@ class _Descent:
         if not len(reach):
             return reach, reach_metric
         values, vectors = torch.linalg.eigh(reach @ reach_metric.T)
-        root = values.clamp_min(_METRIC_FLOOR * values[-1].clamp_min(torch.finfo(values.dtype).tiny)).sqrt()
+        # States that the metric does not see keep their scale.
+        root = torch.where(values > _METRIC_FLOOR * values[-1], values, 1.0).sqrt()
         forth, back = (vectors / root) @ vectors.T, (vectors * root) @ vectors.T
         self.a[k], self.b[k] = forth @ self.a[k], forth @ self.b[k]
         self.a[k + 1], self.c[k + 1] = self.a[k + 1] @ back, self.c[k + 1] @ back
