@@ -1,11 +1,12 @@
 """Blocks of a matrix, and the order in which their numbers are stored and applied."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_Depth = Callable[["Tile"], int]
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,6 @@ class Tile:
     def height(self) -> int:
         """The number of rows."""
         return self.rows.stop - self.rows.start
-
-    @property
-    def inner_size(self) -> int:
-        """The length of the vector between the factors; 0 for a dense block."""
-        return self.rank or 0
 
     @property
     def width(self) -> int:
@@ -59,102 +55,148 @@ class Factors:
 class Stack:
     """Blocks that share a cluster, stacked, for all clusters of the same size: one batched product.
 
+    Each cluster's matrix is stored with its inputs along the rows, (inputs, outputs): the product of few
+    vectors then adds up scaled contiguous rows, which is what runs fastest.
+
     Attributes:
         starts: the clusters' first positions, ascending.
         extent: the clusters' size.
-        depth: the stack's height: the sum of ranks, or for dense blocks of widths.
+        inputs: how many numbers a cluster's product takes.
+        outputs: how many it gives.
         tiles: for each cluster the indices of its tiles, in the order of the stack.
     """
 
     starts: tuple[int, ...]
     extent: int
-    depth: int
+    inputs: int
+    outputs: int
     tiles: tuple[tuple[int, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """The number of clusters."""
+        return len(self.starts)
 
     @property
     def numel(self) -> int:
         """How many numbers the stack stores."""
-        return len(self.starts) * self.extent * self.depth
+        return self.count * self.inputs * self.outputs
 
     def positions(self) -> Tensor:
-        """The positions of all clusters, one after the other, shape (clusters · extent,)."""
+        """The positions of all clusters, one after the other, shape (count · extent,)."""
         return (torch.tensor(self.starts)[:, None] + torch.arange(self.extent)).flatten()
 
 
 class BlockLayout:
     """Where the numbers of every block stand in the flat stored tensors.
 
-    `right` holds, for every column cluster, the right factors of the blocks over it, stacked to (depth,
-    extent); `left` for every row cluster the left factors beside each other, (extent, depth); `dense` for
-    every row cluster its dense blocks beside each other, (extent, depth). Clusters of equal shape stand
-    together, so that each tensor is a short sequence of batches: `*_stacks`.
+    `right` holds, for every column cluster, the transposed right factors of the blocks over it, side by side:
+    (cluster, sum of ranks). `left` holds for every row cluster the transposed left factors below each other:
+    (sum of ranks, cluster); `dense` for every row cluster its transposed dense blocks below each other: (sum
+    of widths, cluster). Clusters of equal shapes stand together, so that each tensor is a short sequence of
+    batches, the stacks; within a stack clusters ascend, within a cluster its blocks.
+
+    Args:
+        tiles: The blocks.
     """
 
     def __init__(self, tiles: Sequence[Tile]) -> None:
         self.tiles = list(tiles)
         low_rank = [index for index, tile in enumerate(tiles) if tile.rank]
         dense = [index for index, tile in enumerate(tiles) if tile.rank is None]
-        self.right_stacks = self._stacks(low_rank, "columns", lambda tile: tile.inner_size)
-        self.left_stacks = self._stacks(low_rank, "rows", lambda tile: tile.inner_size)
-        self.dense_stacks = self._stacks(dense, "rows", lambda tile: tile.width)
+        self.right_stacks = self._stacks(low_rank, lambda tile: tile.columns, _inner_size, into=False)
+        self.left_stacks = self._stacks(low_rank, lambda tile: tile.rows, _inner_size, into=True)
+        self.dense_stacks = self._stacks(dense, lambda tile: tile.rows, _width, into=True)
         # Where each low-rank tile's part of the inner vector starts, in the order of the right stacks.
         self.inner_start: dict[int, int] = {}
         position = 0
-        for stack in self.right_stacks:
-            for index in itertools.chain.from_iterable(stack.tiles):
-                self.inner_start[index] = position
-                position += tiles[index].inner_size
+        for index in _in_order(self.right_stacks):
+            self.inner_start[index] = position
+            position += _inner_size(tiles[index])
         self.inner_size = position
 
-    def _stacks(self, members: Sequence[int], side: str, depth_of: Callable[[Tile], int]) -> list[Stack]:
+    def _stacks(
+        self, members: Sequence[int], cluster_of: Callable[[Tile], slice], depth_of: _Depth, *, into: bool
+    ) -> list[Stack]:
+        """Groups tiles by cluster and clusters by shape; `into` where the product gives the cluster."""
         clusters: dict[tuple[int, int], list[int]] = {}
         for index in members:
-            part = getattr(self.tiles[index], side)
-            clusters.setdefault((part.start, part.stop - part.start), []).append(index)
+            cluster = cluster_of(self.tiles[index])
+            clusters.setdefault((cluster.start, cluster.stop - cluster.start), []).append(index)
         shapes: dict[tuple[int, int], list[tuple[int, tuple[int, ...]]]] = {}
-        for (first, extent), indices in sorted(clusters.items()):
+        for (start, extent), indices in sorted(clusters.items()):
             depth = sum(depth_of(self.tiles[index]) for index in indices)
-            shapes.setdefault((extent, depth), []).append((first, tuple(indices)))
-        return [
-            Stack(tuple(first for first, _ in found), extent, depth, tuple(indices for _, indices in found))
-            for (extent, depth), found in shapes.items()
-        ]
+            shapes.setdefault((extent, depth), []).append((start, tuple(indices)))
+        stacks = []
+        for (extent, depth), found in shapes.items():
+            sizes = (depth, extent) if into else (extent, depth)
+            stacks.append(
+                Stack(
+                    tuple(start for start, _ in found), extent, *sizes, tuple(indices for _, indices in found)
+                )
+            )
+        return stacks
 
     def numbers(self) -> dict[str, int]:
-        """The stored tensors that there are, with their sizes."""
-        sizes = {
-            "left": sum(stack.numel for stack in self.left_stacks),
-            "right": sum(stack.numel for stack in self.right_stacks),
-            "dense": sum(stack.numel for stack in self.dense_stacks),
-        }
-        return {name: size for name, size in sizes.items() if size}
+        """The sizes of the stored tensors that there are, by name."""
+        stacks = {"left": self.left_stacks, "right": self.right_stacks, "dense": self.dense_stacks}
+        return {name: sum(stack.numel for stack in found) for name, found in stacks.items() if found}
+
+    def inner_order(self) -> Tensor:
+        """Where the left stacks' inputs stand in the inner vector, shape (inner_size,)."""
+        return self._ranges(
+            (self.inner_start[index], self.inner_start[index] + _inner_size(self.tiles[index]))
+            for index in _in_order(self.left_stacks)
+        )
+
+    def dense_order(self) -> Tensor:
+        """Which positions of the columns the dense stacks take, one after the other."""
+        columns = (self.tiles[index].columns for index in _in_order(self.dense_stacks))
+        return self._ranges((part.start, part.stop) for part in columns)
+
+    @staticmethod
+    def _ranges(bounds: Iterable[tuple[int, int]]) -> Tensor:
+        return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(*pair) for pair in bounds)])
 
     def pack(self, values: Sequence[Factors]) -> dict[str, Tensor]:
-        """The stored tensors for the values of every tile."""
+        """The stored tensors for the values of every tile.
+
+        Args:
+            values: One per tile.
+
+        Returns:
+            `left`, `right` and `dense`, each flat, where there are numbers for it.
+        """
+        rights = [values[index].right for index in range(len(values))]
         parts = {
             "left": [
-                torch.cat([values[index].left for index in indices], 1)
-                for stack in self.left_stacks
-                for indices in stack.tiles
+                torch.cat([values[index].left.mT for index in indices])
+                for indices in _clusters(self.left_stacks)
             ],
             "right": [
-                torch.cat([part for index in indices if (part := values[index].right) is not None])
-                for stack in self.right_stacks
-                for indices in stack.tiles
+                torch.cat([part.mT for index in indices if (part := rights[index]) is not None], 1)
+                for indices in _clusters(self.right_stacks)
             ],
             "dense": [
-                torch.cat([values[index].left for index in indices], 1)
-                for stack in self.dense_stacks
-                for indices in stack.tiles
+                torch.cat([values[index].left.mT for index in indices])
+                for indices in _clusters(self.dense_stacks)
             ],
         }
         return {name: torch.cat([part.flatten() for part in found]) for name, found in parts.items() if found}
 
-    def unpack(self, left: Tensor | None, right: Tensor | None, dense: Tensor | None) -> list[Factors]:
-        """The values of every tile as views of the stored tensors."""
-        lefts = self._views(self.left_stacks, left, along=1, depth_of=lambda tile: tile.inner_size)
-        rights = self._views(self.right_stacks, right, along=0, depth_of=lambda tile: tile.inner_size)
-        blocks = self._views(self.dense_stacks, dense, along=1, depth_of=lambda tile: tile.width)
+    def unpack(self, tensors: Mapping[str, Tensor | None]) -> list[Factors]:
+        """The values of every tile as views of the stored tensors.
+
+        Args:
+            tensors: What `pack` gave.
+
+        Returns:
+            One per tile.
+        """
+        lefts = self._views(self.left_stacks, tensors.get("left"), _inner_size, dim=0)
+        rights = self._views(self.right_stacks, tensors.get("right"), _inner_size, dim=1)
+        blocks = self._views(self.dense_stacks, tensors.get("dense"), _width, dim=0)
+        empty = next((tensor for tensor in tensors.values() if tensor is not None), torch.empty(0))
         values = []
         for index, tile in enumerate(self.tiles):
             if tile.rank is None:
@@ -162,19 +204,72 @@ class BlockLayout:
             elif tile.rank:
                 values.append(Factors(lefts[index], rights[index]))
             else:
-                some = next(tensor for tensor in (left, dense, torch.empty(0)) if tensor is not None)
-                values.append(Factors(some.new_zeros(tile.height, 0), some.new_zeros(0, tile.width)))
+                values.append(Factors(empty.new_zeros(tile.height, 0), empty.new_zeros(0, tile.width)))
         return values
 
     def _views(
-        self, stacks: Sequence[Stack], flat: Tensor | None, *, along: int, depth_of
+        self, stacks: Sequence[Stack], flat: Tensor | None, depth_of: _Depth, *, dim: int
     ) -> dict[int, Tensor]:
         views: dict[int, Tensor] = {}
-        if flat is None:
-            return views
-        for stack, batch in zip(stacks, flat.split([stack.numel for stack in stacks]), strict=True):
-            shape = (stack.extent, stack.depth) if along else (stack.depth, stack.extent)
-            for indices, matrix in zip(stack.tiles, batch.view(-1, *shape), strict=True):
-                parts = matrix.split([depth_of(self.tiles[index]) for index in indices], dim=along)
-                views.update(zip(indices, parts, strict=True))
+        for stack, matrices in batches(stacks, flat):
+            for indices, matrix in zip(stack.tiles, matrices, strict=True):
+                parts = matrix.split([depth_of(self.tiles[index]) for index in indices], dim=dim)
+                views.update((index, part.mT) for index, part in zip(indices, parts, strict=True))
         return views
+
+
+def batches(stacks: Sequence[Stack], flat: Tensor | None) -> list[tuple[Stack, Tensor]]:
+    """Cuts a flat stored tensor into the stacks' batches.
+
+    Args:
+        stacks: The stacks whose numbers it holds.
+        flat: The tensor, None where there are no stacks.
+
+    Returns:
+        Each stack with its matrices, shape (count, inputs, outputs).
+    """
+    if flat is None:
+        return []
+    parts = flat.split([stack.numel for stack in stacks])
+    return [
+        (stack, part.view(stack.count, stack.inputs, stack.outputs))
+        for stack, part in zip(stacks, parts, strict=True)
+    ]
+
+
+def batched_products(stacks: Sequence[Stack], flat: Tensor, vectors: Tensor) -> list[Tensor]:
+    """Applies stacks to consecutive parts of vectors, one batched product each.
+
+    Args:
+        stacks: The stacks.
+        flat: Their numbers.
+        vectors: Shape (batch, sum of the stacks' inputs over all clusters).
+
+    Returns:
+        For each stack the products, shape (batch, count · outputs).
+    """
+    batch = len(vectors)
+    parts = vectors.split([stack.count * stack.inputs for stack in stacks], dim=1)
+    products = []
+    for (stack, matrices), part in zip(batches(stacks, flat), parts, strict=True):
+        product = torch.bmm(part.reshape(batch, stack.count, stack.inputs).transpose(0, 1), matrices)
+        products.append(product.transpose(0, 1).reshape(batch, stack.count * stack.outputs))
+    return products
+
+
+def _inner_size(tile: Tile) -> int:
+    return tile.rank or 0
+
+
+def _width(tile: Tile) -> int:
+    return tile.width
+
+
+def _clusters(stacks: Sequence[Stack]) -> list[tuple[int, ...]]:
+    """The tiles of every cluster, over all stacks."""
+    return [indices for stack in stacks for indices in stack.tiles]
+
+
+def _in_order(stacks: Sequence[Stack]) -> list[int]:
+    """The tiles in the order of the stacks."""
+    return [index for indices in _clusters(stacks) for index in indices]

@@ -29,7 +29,7 @@ from weft.numerics.block_descent import (
     independent_blocks,
     squared_error,
 )
-from weft.numerics.block_layout import BlockLayout, Factors, Stack, Tile
+from weft.numerics.block_layout import BlockLayout, Factors, Stack, Tile, batched_products, batches
 from weft.numerics.cluster_tree import (
     Block,
     Cluster,
@@ -589,6 +589,8 @@ class HierarchicalMatrix(StructuredMatrix):
     inner_index: Tensor | None
     fetch_index: Tensor | None
     scatter_index: Tensor | None
+    row_position: Tensor | None
+    column_position: Tensor | None
 
     def __init__(
         self,
@@ -612,34 +614,25 @@ class HierarchicalMatrix(StructuredMatrix):
 
     def _make_indices(self) -> None:
         """Derives the product's index tensors, which are not stored; None where one would change nothing."""
-        rows, columns = self.orders()
         layout = self.layout
-        gather = [columns[stack.positions()] for stack in layout.right_stacks]
-        for stack in layout.dense_stacks:
-            for indices in stack.tiles:
-                gather += [columns[self.tiles[index].columns] for index in indices]
-        inner = [
-            torch.arange(layout.inner_start[index], layout.inner_start[index] + self.tiles[index].inner_size)
-            for stack in layout.left_stacks
-            for index in itertools.chain.from_iterable(stack.tiles)
-        ]
-        scatter = [rows[stack.positions()] for stack in (*layout.left_stacks, *layout.dense_stacks)]
-        gathered, inner_index, scattered = (
-            torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-            for parts in (gather, inner, scatter)
-        )
-        once = len(scattered) == self.outputs and bool(
-            (scattered.sort().values == torch.arange(self.outputs)).all()
-        )
+        rows, columns = self.orders()
+        taken = [stack.positions() for stack in layout.right_stacks]
+        gathered = columns[torch.cat([*taken, layout.dense_order()])]
+        given = [rows[stack.positions()] for stack in (*layout.left_stacks, *layout.dense_stacks)]
+        scattered = torch.cat([torch.empty(0, dtype=torch.int64), *given])
+        once = torch.equal(scattered.sort().values, torch.arange(self.outputs))
         indices = {
             "gather_index": _unless_identity(gathered, self.inputs),
-            "inner_index": _unless_identity(inner_index, layout.inner_size),
-            # Every output stands in one place only: fetch it from there. Else: add up.
+            "inner_index": _unless_identity(layout.inner_order(), layout.inner_size),
+            # Where every output is given once, it is fetched from its place; else what is given adds up.
             "fetch_index": _unless_identity(scattered.argsort(), self.outputs) if once else None,
             "scatter_index": None if once else scattered,
+            "row_position": None if self.row_order is None else rows.argsort(),
+            "column_position": None if self.column_order is None else columns.argsort(),
         }
+        device = next((tensor.device for tensor in self.state_dict().values()), None)
         for name, index in indices.items():
-            self.register_buffer(name, index, persistent=False)
+            self.register_buffer(name, None if index is None else index.to(device), persistent=False)
 
     @property
     def tiles(self) -> list[Tile]:
@@ -647,134 +640,89 @@ class HierarchicalMatrix(StructuredMatrix):
         return self.layout.tiles
 
     def orders(self) -> tuple[Tensor, Tensor]:
-        """The row and column orders: position p of the blocks holds index order[p] of the weight."""
-        device = next((tensor.device for tensor in self.state_dict().values()), None)
+        """The row and column orders, on the CPU: position p of the blocks is index order[p] of the weight."""
         rows, columns = self.row_order, self.column_order
         return (
-            torch.arange(self.outputs, device=device) if rows is None else _widen(rows),
-            torch.arange(self.inputs, device=device) if columns is None else _widen(columns),
+            torch.arange(self.outputs) if rows is None else _widen(rows).cpu(),
+            torch.arange(self.inputs) if columns is None else _widen(columns).cpu(),
         )
 
     def factors(self) -> list[Factors]:
         """The values of every tile, views of the stored tensors."""
-        return self.layout.unpack(self.left, self.right, self.dense)
+        return self.layout.unpack({"left": self.left, "right": self.right, "dense": self.dense})
 
     def forward(self, x: Tensor) -> Tensor:
         checks.last_dimension(x, self.inputs)
-        vectors = x.reshape(-1, self.inputs).T  # (inputs, batch): clusters are then ranges of rows
-        layout, batch = self.layout, vectors.shape[1]
+        vectors = x.reshape(-1, self.inputs)
+        layout, batch = self.layout, len(vectors)
         if self.gather_index is not None:
-            vectors = vectors.index_select(0, self.gather_index)
+            vectors = vectors.index_select(1, self.gather_index)
         pieces: list[Tensor] = []
-        position = 0
         if self.left is not None and self.right is not None:
-            hidden = []
-            for stack, values in zip(
-                layout.right_stacks,
-                self.right.split([stack.numel for stack in layout.right_stacks]),
-                strict=True,
-            ):
-                count = len(stack.starts) * stack.extent
-                part = vectors[position : position + count].reshape(len(stack.starts), stack.extent, batch)
-                hidden.append(torch.bmm(values.view(-1, stack.depth, stack.extent), part).flatten(0, 1))
-                position += count
-            inner = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+            taken = sum(stack.count * stack.inputs for stack in layout.right_stacks)
+            hidden = batched_products(layout.right_stacks, self.right, vectors[:, :taken])
+            inner = hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1)
             if self.inner_index is not None:
-                inner = inner.index_select(0, self.inner_index)
-            pieces += self._stacked_products(layout.left_stacks, self.left, inner)
+                inner = inner.index_select(1, self.inner_index)
+            pieces += batched_products(layout.left_stacks, self.left, inner)
+            vectors = vectors[:, taken:]
         if self.dense is not None:
-            pieces += self._stacked_products(layout.dense_stacks, self.dense, vectors[position:])
-        if not pieces:  # a matrix of zeros
+            pieces += batched_products(layout.dense_stacks, self.dense, vectors)
+        if not pieces:  # every block is zero
             return x.new_zeros(*x.shape[:-1], self.outputs)
-        result = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        result = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         if self.scatter_index is not None:
-            result = result.new_zeros(self.outputs, batch).index_add(0, self.scatter_index, result)
+            result = result.new_zeros(batch, self.outputs).index_add(1, self.scatter_index, result)
         elif self.fetch_index is not None:
-            result = result.index_select(0, self.fetch_index)
-        return result.T.reshape(*x.shape[:-1], self.outputs)
-
-    @staticmethod
-    def _stacked_products(stacks: Sequence[Stack], flat: Tensor, vectors: Tensor) -> list[Tensor]:
-        """One batched product (extent, depth) @ (depth, batch) per stack."""
-        products = []
-        batch = vectors.shape[1]
-        depths = [len(stack.starts) * stack.depth for stack in stacks]
-        for stack, values, part in zip(
-            stacks, flat.split([stack.numel for stack in stacks]), vectors.split(depths), strict=True
-        ):
-            matrices = values.view(-1, stack.extent, stack.depth)
-            products.append(
-                torch.bmm(matrices, part.reshape(len(stack.starts), stack.depth, batch)).flatten(0, 1)
-            )
-        return products
+            result = result.index_select(1, self.fetch_index)
+        return result.reshape(*x.shape[:-1], self.outputs)
 
     def to_dense(self) -> Tensor:
-        rows, columns = self.orders()
-        some = next(tensor for tensor in (self.left, self.dense, torch.empty(0)) if tensor is not None)
-        ordered = some.new_zeros(self.outputs, self.inputs)
+        ordered = self._zeros(self.outputs, self.inputs)
         for tile, factors in zip(self.tiles, self.factors(), strict=True):
             ordered[tile.rows, tile.columns] = factors.dense()
-        return ordered[rows.argsort()][:, columns.argsort()].reshape(self.shape)
+        if self.row_position is not None and self.column_position is not None:
+            ordered = ordered[self.row_position][:, self.column_position]
+        return ordered.reshape(self.shape)
 
     def rows(self, indices: Tensor) -> Tensor:
-        row_order, column_order = self.orders()
-        positions = row_order.argsort()[indices.reshape(-1)]
+        positions = indices.reshape(-1)
+        if self.row_position is not None:
+            positions = self.row_position[positions]
         # In parts, so that the coefficients below stay small for a large vocabulary.
         parts = positions.split(max(1, 2**24 // (self.layout.inner_size + self.inputs)))
-        ordered = torch.cat([self._ordered_rows(part) for part in parts]) if len(positions) else None
-        if ordered is None:
-            return torch.zeros(*indices.shape, self.inputs, dtype=self._dtype(), device=indices.device)
-        return ordered[:, column_order.argsort()].reshape(*indices.shape, self.inputs)
+        result = torch.cat([self._ordered_rows(part) for part in parts])
+        if self.column_position is not None:
+            result = result[:, self.column_position]
+        return result.reshape(*indices.shape, self.inputs)
 
     def _ordered_rows(self, positions: Tensor) -> Tensor:
         """Rows at positions of the row order, their entries in the column order."""
         layout, count = self.layout, len(positions)
-        result = torch.zeros(count, self.inputs, dtype=self._dtype(), device=positions.device)
-        if self.left is not None and self.right is not None:
-            # The rows' coefficients: what multiplies the right factors, in the order of the right stacks.
-            inner = torch.zeros(count, layout.inner_size, dtype=result.dtype, device=result.device)
-            for stack, values in zip(
-                layout.left_stacks,
-                self.left.split([stack.numel for stack in layout.left_stacks]),
-                strict=True,
-            ):
-                places = [
-                    [
-                        p
-                        for i in group
-                        for p in range(
-                            layout.inner_start[i], layout.inner_start[i] + self.tiles[i].inner_size
-                        )
-                    ]
-                    for group in stack.tiles
-                ]
-                inner = inner.scatter_add(1, *_picked(stack, values, places, positions))
-            start = 0
-            for stack, values in zip(
-                layout.right_stacks,
-                self.right.split([stack.numel for stack in layout.right_stacks]),
-                strict=True,
-            ):
-                length = len(stack.starts) * stack.depth
-                part = inner[:, start : start + length].reshape(count, -1, stack.depth).transpose(0, 1)
-                product = torch.bmm(part, values.view(-1, stack.depth, stack.extent)).transpose(0, 1)
-                result = result.index_add(1, stack.positions().to(result.device), product.reshape(count, -1))
-                start += length
-        if self.dense is not None:
-            for stack, values in zip(
-                layout.dense_stacks,
-                self.dense.split([stack.numel for stack in layout.dense_stacks]),
-                strict=True,
-            ):
-                places = [
-                    [p for i in group for p in range(self.tiles[i].columns.start, self.tiles[i].columns.stop)]
-                    for group in stack.tiles
-                ]
-                result = result.scatter_add(1, *_picked(stack, values, places, positions))
+        result = self._zeros(count, self.inputs)
+        # The rows' coefficients: what multiplies the right factors, in the order of the right stacks.
+        inner = self._zeros(count, layout.inner_size)
+        order = layout.inner_order().to(positions.device)
+        for stack, matrices, part in _with_parts(layout.left_stacks, self.left, order):
+            inner = inner.scatter_add(1, *_picked(stack, matrices, part, positions))
+        parts = inner.split([stack.count * stack.outputs for stack in layout.right_stacks], dim=1)
+        for (stack, matrices), part in zip(batches(layout.right_stacks, self.right), parts, strict=True):
+            coefficients = part.reshape(count, stack.count, stack.outputs).transpose(0, 1)
+            product = (
+                torch
+                .bmm(coefficients, matrices.mT)
+                .transpose(0, 1)
+                .reshape(count, stack.count * stack.inputs)
+            )
+            result = result.index_add(1, stack.positions().to(positions.device), product)
+        order = layout.dense_order().to(positions.device)
+        for stack, matrices, part in _with_parts(layout.dense_stacks, self.dense, order):
+            result = result.scatter_add(1, *_picked(stack, matrices, part, positions))
         return result
 
-    def _dtype(self) -> torch.dtype:
-        return next(tensor.dtype for tensor in (self.left, self.dense, torch.empty(0)) if tensor is not None)
+    def _zeros(self, *size: int) -> Tensor:
+        tensors = (tensor for tensor in (self.left, self.dense, torch.empty(0)) if tensor is not None)
+        return next(tensors).new_zeros(*size)
 
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
         return _numbers(self.tiles) * (1 if geometry is None else geometry.positions(self.shape[2:]))
@@ -790,27 +738,33 @@ class HierarchicalMatrix(StructuredMatrix):
         return rectangles
 
 
-def _picked(
-    stack: Stack, values: Tensor, places: Sequence[Sequence[int]], positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The entries of some rows in a stack, zeros for rows outside it, and where they belong.
+def _with_parts(
+    stacks: Sequence[Stack], flat: Tensor | None, order: Tensor
+) -> Iterator[tuple[Stack, Tensor, Tensor]]:
+    """Each stack with its matrices and the part of an order of inputs that belongs to it, (count, inputs)."""
+    parts = order.split([stack.count * stack.inputs for stack in stacks])
+    for (stack, matrices), part in zip(batches(stacks, flat), parts, strict=flat is not None):
+        yield stack, matrices, part.reshape(stack.count, stack.inputs)
+
+
+def _picked(stack: Stack, matrices: Tensor, order: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries of some rows in a stack of row clusters, zeros for rows outside it, and where they belong.
 
     Args:
-        stack: Row clusters with the blocks beside each other.
-        values: Their flat numbers.
-        places: For every cluster, the target of each of the stack's columns, shape (clusters, depth).
-        positions: Positions in the row order, shape (count,).
+        stack: The stack.
+        matrices: Its matrices, shape (count, inputs, extent).
+        order: Where every input of a cluster belongs, shape (count, inputs).
+        positions: Positions in the row order, shape (rows,).
 
     Returns:
-        Targets and values, both of shape (count, depth).
+        Targets and entries, both of shape (rows, inputs).
     """
     starts = torch.tensor(stack.starts, device=positions.device)
     cluster = (torch.searchsorted(starts, positions, right=True) - 1).clamp_min(0)
     local = positions - starts[cluster]
     inside = (local >= 0) & (local < stack.extent)
-    entries = values.view(-1, stack.extent, stack.depth)[cluster, local.clamp(0, stack.extent - 1)]
-    targets = torch.tensor(places, device=positions.device)[cluster]
-    return targets, entries * inside[:, None]
+    entries = matrices[cluster, :, local.clamp(0, stack.extent - 1)]
+    return order[cluster], entries * inside[:, None]
 
 
 def _tile(block: Block, rank: int | None) -> Tile:
