@@ -6,7 +6,8 @@ The metadata of a file written by `save`:
     format_version  "1"
     plan            JSON: {layer name: {"names": [...], "structure": {...}, "shape": [...]}}
     aliases         JSON: {tensor name: the name under which the shared tensor is stored}
-    source          the model source that rebuilds the dense network, e.g. "torchvision:resnet18"; may be empty
+    source          the model source that rebuilds the dense network, "torchvision:resnet18", or empty
+    weights         the file of the dense network's weights, for comparisons, or empty
 
 The tensors are those of the network's state dict, shared ones once.
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from weft import checks
 from weft.layers.base import StructuredLayer
-from weft.layers.replace import dense_weight, replace_layer
+from weft.layers.replace import dense_weight, refusal, replace_layer
 from weft.structures import from_json
 
 FORMAT_VERSION = "1"
@@ -53,11 +54,18 @@ def write_beside(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         write(beside)
         with beside.open("rb") as written:
             os.fsync(written.fileno())
+        beside.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
         beside.replace(target)
     finally:
         with suppress(FileNotFoundError):
             beside.unlink()
     return target
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -89,20 +97,20 @@ def structured_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {names[0]: tuple(names) for names in groups.values()}
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, source: str = "") -> Path:
+def save(model: nn.Module, path: str | os.PathLike[str], *, source: str = "", weights: str = "") -> Path:
     """Writes a network into one safetensors file, beside its place and then renamed.
+
+    A state dict that holds something other than tensors is a TypeError.
 
     Args:
         model: the network, compressed or not.
         path: the file to write.
         source: the model source that rebuilds the dense network, such as "torchvision:resnet18" or
             "file.py:function"; recorded so that `weft.load` needs no model.
+        weights: the file of the dense network's weights, where the source does not bring them.
 
     Returns:
         The path.
-
-    Raises:
-        TypeError: the state dict holds something that is no tensor.
 
     Examples:
         >>> import tempfile, torch, weft
@@ -130,6 +138,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: str = "") ->
         "plan": json.dumps(plan),
         "aliases": json.dumps(aliases),
         "source": source,
+        "weights": weights,
     }
     return write_beside(path, lambda beside: save_file(tensors, beside, metadata))
 
@@ -146,7 +155,9 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             remedy = "override get_extra_state or remove it before saving"
-            raise TypeError(checks.fault(f"state dict entry {name}", "a tensor", type(value).__name__, remedy))
+            raise TypeError(
+                checks.fault(f"state dict entry {name}", "a tensor", type(value).__name__, remedy)
+            )
         same = (value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and same in first_names:
             aliases[name] = first_names[same]
@@ -157,23 +168,21 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads and checks what a file says about itself.
+    """Reads and checks what a file says about itself, as `load` does.
 
     Args:
         path: a file that `save` wrote.
 
     Returns:
-        "plan" and "aliases" as dictionaries, "source" as text.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated, no weft file, or of another format version.
+        "plan" and "aliases" as dictionaries, "source" and "weights" as text.
     """
     metadata, _ = _read(path, with_tensors=False)
     return metadata
 
 
-def _read(path: str | os.PathLike[str], *, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(
+    path: str | os.PathLike[str], *, with_tensors: bool = True
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(checks.fault("path", "an existing file", file, "check the name"))
@@ -188,12 +197,26 @@ def _read(path: str | os.PathLike[str], *, with_tensors: bool = True) -> tuple[d
         raise ValueError(checks.fault(str(file), "a whole safetensors file", f"'{error}'", remedy)) from error
     if metadata.get("format") != "weft":
         got = f"format {metadata.get('format')!r}"
-        raise ValueError(checks.fault(str(file), "a file written by weft.save", got, "load it as plain weights"))
+        raise ValueError(
+            checks.fault(str(file), "a file written by weft.save", got, "load it as plain weights")
+        )
     if metadata.get("format_version") != FORMAT_VERSION:
         got = f"version {metadata.get('format_version')!r}"
         remedy = "use the weft that wrote it, or write it again"
         raise ValueError(checks.fault(str(file), f"of format version {FORMAT_VERSION}", got, remedy))
-    return {**metadata, "plan": json.loads(metadata["plan"]), "aliases": json.loads(metadata["aliases"])}, tensors
+    return {**metadata, **{name: _dictionary(metadata, name, file) for name in ("plan", "aliases")}}, tensors
+
+
+def _dictionary(metadata: Mapping[str, str], name: str, file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(metadata.get(name, ""))
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        got = repr(metadata.get(name))
+        remedy = "the file is damaged: write it again with weft.save"
+        raise ValueError(checks.fault(f"metadata {name} of {file}", "a JSON dictionary", got, remedy))
+    return value
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -207,18 +230,23 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         The model with its layers replaced and all its tensors read.
 
     Raises:
-        ValueError: the file is damaged, or a layer or tensor is missing, surplus or of a shape that does not fit.
-            The model may then be changed in part.
+        ValueError: the file is damaged, or a layer or tensor is missing, surplus or of a shape that does not
+            fit. The model may then be changed in part.
     """
     metadata, tensors = _read(path)
     aliases: Mapping[str, str] = metadata["aliases"]
     owner = f"of {path}"
     for first, entry in metadata["plan"].items():
-        shape = tuple(entry["shape"])
-        structure = from_json(entry["structure"])
-        _check_layers(model, entry["names"], shape, owner)
+        try:
+            names, shape, structure = entry["names"], tuple(entry["shape"]), from_json(entry["structure"])
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"layer {first} {owner}: {reason}") from error
+        _check_layers(model, names, shape, owner)
         prefix = f"{first}.matrix." if first else "matrix."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+        }
         own |= {
             name.removeprefix(prefix): tensors[stored]
             for name, stored in aliases.items()
@@ -228,22 +256,27 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             matrix = structure.from_tensors(shape, own)
         except ValueError as error:
             raise ValueError(f"layer {first} {owner}: {error}") from error
-        model = replace_layer(model, entry["names"], matrix)
+        model = replace_layer(model, names, matrix)
     _assign(model, tensors, aliases, owner)
     return model
 
 
 def _check_layers(model: nn.Module, names: list[str], shape: tuple[int, ...], owner: str) -> None:
+    remedy = "load it into the dense network it was made from"
     for name in names:
         try:
-            weight = dense_weight(model.get_submodule(name))
-        except AttributeError:
-            weight = None
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            got = "none"
+            raise ValueError(
+                checks.fault(f"layer {name} {owner}", "a layer of the model", got, remedy)
+            ) from error
+        weight = dense_weight(module)
         if weight is None:
-            remedy = "load it into the network it was made from"
-            raise ValueError(checks.fault(f"layer {name} {owner}", "a layer of the model", "none", remedy))
+            reason = refusal(module) or f"{type(module).__name__} holds no weight of this kind"
+            got = f"one that stays dense, because {reason}"
+            raise ValueError(checks.fault(f"layer {name} {owner}", "one that can be replaced", got, remedy))
         if tuple(weight.shape) != shape:
-            remedy = "load it into the network it was made from"
             got = f"{tuple(weight.shape)} in the model"
             raise ValueError(checks.fault(f"layer {name} {owner}", f"of shape {shape}", got, remedy))
 
@@ -255,13 +288,30 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[st
     given = {**{name: name for name in tensors}, **aliases}
     missing, surplus = sorted(set(places) - set(given)), sorted(set(given) - set(places))
     if missing or surplus:
-        parts = [f"{word}: {', '.join(names)}" for word, names in (("missing", missing), ("surplus", surplus)) if names]
+        parts = [
+            f"{word}: {', '.join(names)}"
+            for word, names in (("missing", missing), ("surplus", surplus))
+            if names
+        ]
         raise ValueError(checks.fault(f"tensors {owner}", "those of the model", "; ".join(parts), remedy))
     for name, place in places.items():
         stored = tensors[given[name]]
         if stored.shape != place.shape:
             got = f"{tuple(stored.shape)} in the file"
-            raise ValueError(checks.fault(f"tensor {name} {owner}", f"of shape {tuple(place.shape)}", got, remedy))
+            raise ValueError(
+                checks.fault(f"tensor {name} {owner}", f"of shape {tuple(place.shape)}", got, remedy)
+            )
+    held = {
+        name
+        for name, _ in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+    }
     with torch.no_grad():
         for name, place in places.items():
-            place.data = tensors[given[name]].to(place.device)
+            stored = tensors[given[name]].to(place.device)
+            if name in held:
+                place.data = stored
+            else:  # what a module gives as its extra state is no place but a copy
+                model.get_submodule(name.rpartition(".")[0]).set_extra_state(stored)
