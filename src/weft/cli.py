@@ -446,7 +446,7 @@ def _text(path: Path | None) -> str:
 
 def _print_survey(found: Survey) -> None:
     table = Table(title=f"{len(found.layers)} weights can be replaced", title_justify="left")
-    table.add_column("layer")
+    table.add_column("layer", overflow="fold")
     for heading in ("shape", "parameters", "of bytes", "multiply-adds", "of multiply-adds"):
         table.add_column(heading, justify="right")
     total = found.total
@@ -469,9 +469,9 @@ def _print_survey(found: Survey) -> None:
 
 def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = None) -> None:
     table = Table(title="plan", title_justify="left")
-    table.add_column("layer")
-    table.add_column("structure")
-    for heading in ("shape", "parameters", "of dense", "relative error"):
+    table.add_column("layer", overflow="fold")
+    table.add_column("structure", overflow="fold")
+    for heading in ("shape", "parameters", "of dense", "error"):
         table.add_column(heading, justify="right")
     measured = {entry["layer"]: entry for entry in log or []}
     for name, structure in plan.items():
@@ -503,7 +503,7 @@ def main() -> None:
     """Runs the command line; what the user can mend is one line on standard error and exit status 2."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, ImportError, PermissionError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("WEFT_TRACEBACK"):
             raise
         line = " ".join(str(error).split())

@@ -1,0 +1,179 @@
+"""The command line as a user meets it: every verb on real input, and one clear line for what he can mend."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from weft import load
+from weft.cli import app, main
+
+MODELS = '''
+import torch
+from torch import nn
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
+    )
+
+def other():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+def with_nan():
+    model = network()
+    model[4].weight.data[0, 0] = float("nan")
+    return model
+
+def without_layers():
+    return nn.Sequential(nn.Flatten(), nn.ReLU())
+
+def wrong_shape():
+    return torch.zeros(10, 3, 8, 8), torch.zeros(4, 3, 8, 8)
+
+def empty():
+    return torch.zeros(0, 1, 8, 8), torch.zeros(0, 1, 8, 8)
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def weft(monkeypatch: pytest.MonkeyPatch, command: str) -> int:
+    """Runs one command as the shell would and gives its exit status."""
+    monkeypatch.setattr("sys.argv", ["weft", *command.split()])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0
+
+
+def test_each_verb_reads_the_file_that_the_one_before_wrote(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert weft(monkeypatch, "survey models.py:network --data digits --samples 200 -o survey.json") == 0
+    assert weft(monkeypatch, "plan survey.json --budget parameters=0.3 --families LowRank -o plan.json") == 0
+    assert weft(monkeypatch, "compress plan.json --data digits --samples 200 -o small.safetensors") == 0
+    assert weft(monkeypatch, "finetune small.safetensors --data digits -o tuned.safetensors") == 0
+    assert weft(monkeypatch, "evaluate tuned.safetensors --data digits --batches 1 -o run.json") == 0
+    assert weft(monkeypatch, "report run.json -o report.html") == 0
+    assert weft(monkeypatch, "picture tuned.safetensors 4 -o picture.svg") == 0
+    assert weft(monkeypatch, "bench tuned.safetensors --data digits --batches 1 --seconds 0.05 -o bench.json") == 0
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown
+    measured = json.loads((folder / "run.json").read_text())["measurement"]
+    dense, cost = measured["dense_cost"], measured["cost"]
+    assert 0.2 < cost["parameters"] / dense["parameters"] <= 0.3
+    assert cost["multiply_adds"] < dense["multiply_adds"]
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert "<svg" in (folder / "picture.svg").read_text()
+    assert json.loads((folder / "bench.json").read_text())["rows"][0]["dense"]["median"] > 0
+
+
+def test_one_command_walks_the_whole_path_and_the_file_alone_rebuilds_the_network(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = "compress models.py:network --data digits --samples 200 --budget bytes=0.3 --families LowRank"
+    assert weft(monkeypatch, f"{command} --epochs 1 -o small.safetensors") == 0
+    small = load(folder / "small.safetensors")
+    assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert sum(parameter.numel() for parameter in small.parameters()) < 0.3 * 34_000
+    assert not small.training
+
+
+def test_export_is_checked_in_onnxruntime(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    command = "compress models.py:network --budget bytes=0.3 --families LowRank -o small.safetensors"
+    assert weft(monkeypatch, command) == 0
+    assert weft(monkeypatch, "export small.safetensors --data digits -o small.onnx") == 0
+    assert "onnxruntime differs by" in capsys.readouterr().out
+    assert (folder / "small.onnx").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("compress models.py:with_nan --data digits --budget bytes=0.25", "must be finite everywhere, got 1 NaN"),
+        ("compress models.py:without_layers --budget bytes=0.25", "a layer that can be replaced"),
+        ("survey models.py:without_layers --data digits", "a layer that can be replaced"),
+        ("compress models.py:network --data models.py:wrong_shape --budget bytes=0.5", r"got \(10, 3, 8, 8\)"),
+        ("compress models.py:network --data models.py:empty --budget bytes=0.5", "at least one example"),
+        ("compress models.py:network --budget bytes=0.001 --families LowRank", r"at least \d+, the smallest possible"),
+        ("compress models.py:network --budget size=0.1", "budget must be one of parameters, bytes, multiply_adds"),
+        ("compress models.py:network --budget bytes=1.5", "budget bytes must be a share"),
+        ("compress models.py:network", "--budget must be given"),
+        ("compress models.py:network --budget multiply_adds=0.5", "survey with batches"),
+        ("compress models.py:network --budget bytes=0.5 --families Low", "family must be one of"),
+        ("compress models.py:network --budget bytes=0.5 -o nowhere/small.safetensors", "in an existing folder"),
+        ("compress models.py:missing --budget bytes=0.5", "missing"),
+        ("compress nowhere.py:network --budget bytes=0.5", "nowhere.py"),
+        ("compress models.py:network --weights nowhere.npz --budget bytes=0.5", "nowhere.npz"),
+        ("compress models.py:network --data mnist:nowhere --budget bytes=0.5", "nowhere"),
+        ("compress zero.json", "layer 4 of zero.json: rank must be at least 1, got 0"),
+        ("compress large.json", "layer 4: rank must be between 1 and 64 .* got 5000"),
+        ("plan nowhere.json --budget bytes=0.5", "nowhere.json"),
+        ("plan zero.json --budget bytes=0.5", '"weft_survey": 1'),
+        ("evaluate cut.safetensors --data digits", "a whole safetensors file"),
+        ("evaluate nowhere.safetensors --data digits", "nowhere.safetensors"),
+        ("evaluate small.safetensors --data digits --model models.py:other", "layer 4 .* a layer of the model"),
+        ("evaluate small.safetensors --data digits --batches one", "whole numbers separated by commas"),
+        ("export small.safetensors --data digits -o small.txt", "a .onnx or .pt2 file"),
+        ("picture small.safetensors nowhere -o picture.svg", "LAYER must be one of"),
+        ("report zero.json", '"weft_run": 1'),
+    ],
+)
+def test_bad_input_is_one_clear_line_status_2_and_nothing_written(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    expected: str,
+) -> None:
+    assert weft(monkeypatch, "survey models.py:network -o survey.json") == 0
+    for name, rank in (("zero", 0), ("large", 5000)):
+        plan = {
+            "weft_plan": 1,
+            "source": "models.py:network",
+            "weights": "",
+            "survey": "survey.json",
+            "layers": {"4": {"structure": {"family": "LowRank", "rank": rank}}},
+        }
+        (folder / f"{name}.json").write_text(json.dumps(plan))
+    weft(monkeypatch, "compress models.py:network --budget bytes=0.5 --families LowRank -o small.safetensors")
+    whole = (folder / "small.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    capsys.readouterr()
+
+    output = "" if " -o " in command or command.startswith("survey") else " -o out.file"
+    assert weft(monkeypatch, command + output) == 2
+    error = capsys.readouterr().err
+    assert re.search(expected, error), error
+    assert error.startswith("weft: ")
+    assert len(error.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_every_verb_has_help_with_an_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verbs = [command.name for command in app.registered_commands]
+    assert {"survey", "plan", "compress", "evaluate", "bench", "report", "demo", "export"} <= set(verbs)
+    for verb in verbs:
+        assert weft(monkeypatch, f"{verb} --help") == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"weft {verb}" in shown.split("Example", 1)[1], verb
+
+
+def test_families_lists_the_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert weft(monkeypatch, "families") == 0
+    assert "LowRank" in capsys.readouterr().out
