@@ -1,7 +1,7 @@
 """One registration line per structure: what the contract tests, storage, layers and planner tests run on.
 
-An example gives a structure for any weight shape, so that every law meets wide, tall, square, prime and size-1
-shapes. Tolerances that differ from the contract's stand here, each with its reason.
+An example gives a structure for any weight shape, so that every law meets wide, tall, square, prime and
+size-1 shapes. Tolerances that differ from the contract's stand here, each with its reason.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from weft.structures.dense import Dense
 from weft.structures.hierarchical import Hierarchical
 from weft.structures.low_rank import LowRank
 from weft.structures.semiseparable import SequentiallySemiseparable
+from weft.structures.sparse_product import SparseProduct
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Example:
     Attributes:
         name: the test id.
         structure: the structure for a weight's shape.
-        exact: whether fitting a member's own dense weight gives that weight back (in float64, without a start).
-        monotone: size arguments with increasing values, along which a dearer member never fits worse; values that are
-            impossible for a shape are passed over.
+        exact: whether fitting a member's own dense weight gives it back (in float64, without a start).
+        monotone: size arguments with increasing values, along which a dearer member never fits worse; values
+            that are impossible for a shape are passed over.
         forward_tolerance: relative, in float32; the contract's 1e-5 unless `reason` says why not.
         exact_tolerance: relative, in float64.
-        weighted_tolerance: how much worse, relatively, a weighted fit may be than the plain one in the weighted norm.
+        weighted_tolerance: how much worse, relatively, a weighted fit may be than the plain one in the
+            weighted norm.
         reason: why a tolerance differs or a law is not claimed.
     """
 
@@ -103,6 +105,10 @@ EXAMPLES = [
         exact=True,
         monotone={"tolerance": (0.5, 0.2, 0.05, 1e-3)},
     ),
+    Example("sparse_product", lambda shape: SparseProduct(2, _quarter(shape))),
+    Example("sparse_product_splitting", lambda shape: SparseProduct(3, _quarter(shape), "splitting")),
+    Example("sparse_product_hierarchical", lambda shape: SparseProduct(2, _quarter(shape), "hierarchical")),
+    Example("sparse_product_random", lambda shape: SparseProduct(1, _quarter(shape), "random")),
 ]
 
 LINEAR_SHAPES: tuple[Shape, ...] = ((6, 30), (30, 6), (16, 16), (13, 7), (1, 9), (9, 1), (1, 1), (40, 48))

@@ -1,0 +1,456 @@
+"""Products of sparse matrices: Ŵ = S₁ S₂ … S_Q with few entries in every row and column of each factor.
+
+The support is stored once, as indices in the smallest integer type, and only values train. A row's entries
+lie together, so that applying a factor to a batch, held with one row per coordinate, gathers and adds whole
+rows: the cost is that of the entries, and no dense weight is ever formed.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self, TypedDict, cast
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+from weft import checks
+from weft.numerics.gram import DiagonalGram, squared_error
+from weft.numerics.palm4msa import Metric, SparseFactorisation, hierarchical, palm4msa, refit, splitting
+from weft.structures.base import (
+    Geometry,
+    Gram,
+    Rectangle,
+    Shape,
+    Structure,
+    StructuredMatrix,
+    ladder,
+    matrix_shape,
+)
+
+# Weights of at most so many entries are refitted once more, which costs nothing there.
+_ALWAYS_REFITTED = 1 << 14
+ALGORITHMS = ("palm4msa", "splitting", "hierarchical", "random")
+
+
+@dataclass(frozen=True)
+class SparseProduct(Structure):
+    """Products of Q sparse factors of shapes (D, d), (d, d), …, (d, D') with d = min(D, D').
+
+    Every factor keeps what is among the K largest of its row or of its column: at least K entries in each row
+    and column, between K and 2K on average. One factor is pruning with that pattern. A convolution's kernel
+    (outputs, channels, *kernel) is taken as the matrix (outputs, channels · kernel).
+
+    Algorithms:
+        "palm4msa": PALM4MSA as published, then a least-squares refit of the values on the supports. In a
+            weighted norm the published step, the inverse of a Lipschitz constant that contains ‖Ĝ‖, is too
+            short to move: there the fit is that of "splitting".
+        "splitting": a support search by alternating directions, then projected steps with refits; far lower
+            errors than PALM4MSA's at the same cost, and the planner's choice.
+        "hierarchical": one factor split off after the other, then as many projected steps as pay. It finds
+            exact products of many factors, such as butterflies.
+        "random": a random support with K entries in every row and column and values fitted on it.
+
+    Args:
+        factors: Q, at least 1.
+        sparsity: K, from 1 to the smaller side of the weight.
+        algorithm: how the support is found.
+
+    Raises:
+        TypeError: a count is no whole number.
+        ValueError: a count is below 1 or the algorithm unknown.
+
+    Examples:
+        >>> SparseProduct(factors=2, sparsity=14, algorithm="random").parameter_count((1000, 512))
+        21168
+    """
+
+    source: ClassVar[str] = "Le Magoarou and Gribonval 2016, Figs. 4 and 5; Giffon et al. 2021"
+
+    factors: int
+    sparsity: int
+    algorithm: str = "palm4msa"
+
+    def __post_init__(self) -> None:
+        checks.integer_between("factors", self.factors, 1, None)
+        checks.integer_between("sparsity", self.sparsity, 1, None)
+        checks.one_of("algorithm", self.algorithm, ALGORITHMS)
+
+    @classmethod
+    def candidates(cls, shape: Shape, inner: Iterable[Structure] = ()) -> Iterator[Self]:
+        outputs, inputs = matrix_shape(shape)
+        # Two factors of K entries per row and column hold at least K(D + D') numbers.
+        break_even = max(1, (outputs * inputs - 1) // (outputs + inputs))
+        yield from (cls(2, sparsity, "splitting") for sparsity in ladder(1, break_even, ratio=1.5))
+
+    def factor_shapes(self, shape: Shape) -> list[tuple[int, int]]:
+        """The shapes of the factors, from left to right.
+
+        Args:
+            shape: the weight's shape.
+
+        Returns:
+            (rows, columns) of each factor.
+        """
+        outputs, inputs = matrix_shape(shape)
+        sizes = [outputs, *[min(outputs, inputs)] * (self.factors - 1), inputs]
+        return list(zip(sizes, sizes[1:], strict=False))
+
+    def parameter_count(self, shape: Shape) -> int | None:
+        if self.algorithm != "random":
+            return None
+        return sum(self.sparsity * max(size) for size in self.factor_shapes(shape))
+
+    def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int | None:
+        entries = self.parameter_count(shape)
+        if entries is None or geometry is None:
+            return entries
+        return entries * geometry.positions(shape[2:])
+
+    def check(self, shape: Shape) -> None:
+        smaller = min(matrix_shape(shape))
+        checks.integer_between("sparsity", self.sparsity, 1, smaller, of=f"a {tuple(shape)} weight")
+
+    def _fit(
+        self,
+        weight: Tensor,
+        *,
+        input_gram: Gram | None,
+        output_gram: Gram | None,
+        start: StructuredMatrix | None,
+        generator: torch.Generator | None,
+    ) -> "SparseProductMatrix":
+        matrix = weight.flatten(1)
+        given = start.factorisation() if isinstance(start, SparseProductMatrix) else None
+        if given is None or len(given.factors) != self.factors:
+            given = None
+            if self.algorithm == "random":
+                drawn = self.initialise(weight.shape, dtype=weight.dtype, generator=generator)
+                given = drawn.factorisation()
+        # The support is searched in single precision, so that it does not depend on the weight's dtype.
+        single = matrix.to(torch.float32)
+        fits = [self._factor(single, given, None, None)]
+        metrics: _Metrics = {"input_metric": _metric(input_gram), "output_metric": _metric(output_gram)}
+        if input_gram is not None or output_gram is not None:
+            fits.append(self._factor(single, given, **metrics))
+            # The plain fit's supports, refitted, are now and then the better ones in the weighted norm.
+            fits.append(refit(single, fits[0], **metrics))
+        if matrix.dtype == torch.float64 or matrix.numel() <= _ALWAYS_REFITTED:
+            fits += [refit(matrix, fit, **metrics) for fit in fits]
+        errors = [
+            float(squared_error(matrix - fit.to_dense().to(matrix), input_gram, output_gram)) for fit in fits
+        ]
+        best = fits[min(range(len(fits)), key=errors.__getitem__)]
+        factors = [factor.to(matrix) for factor in best.balanced()]
+        return SparseProductMatrix(self, weight.shape, **_tensors(factors, self.factor_shapes(weight.shape)))
+
+    def _factor(
+        self, matrix: Tensor, start: SparseFactorisation | None, input_metric: Metric, output_metric: Metric
+    ) -> SparseFactorisation:
+        """The factorisation in one norm, from a start if there is one."""
+        metrics: _Metrics = {"input_metric": input_metric, "output_metric": output_metric}
+        weighted = input_metric is not None or output_metric is not None
+        if start is None and self.algorithm == "hierarchical":
+            start = hierarchical(matrix, self.sparsity, self.factors)
+        if start is not None and self.algorithm == "random":
+            return refit(matrix, start, **metrics)
+        if start is None and self.algorithm == "palm4msa" and not weighted:
+            return refit(matrix, palm4msa(matrix, self.sparsity, self.factors))
+        return splitting(matrix, self.sparsity, self.factors, start=start, **metrics)
+
+    def initialise(
+        self, shape: Shape, *, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
+    ) -> "SparseProductMatrix":
+        self.check(shape)
+        generator = generator or torch.Generator().manual_seed(0)
+        shapes = self.factor_shapes(shape)
+        factors = [_random_support(size, self.sparsity, generator).to(dtype) for size in shapes]
+        member = SparseProductMatrix(self, shape, **_tensors(factors, shapes))
+        return member.reinitialise(generator=generator)
+
+    def from_tensors(self, shape: Shape, tensors: Mapping[str, Tensor]) -> "SparseProductMatrix":
+        self.check(shape)
+        checks.tensor_names(tensors.keys(), ["values", "columns", "counts"], str(self))
+        shapes = self.factor_shapes(shape)
+        remedy = "load the file that belongs to this model"
+        longest = max(columns for _, columns in shapes)
+        counts, columns, values = tensors["counts"], tensors["columns"], tensors["values"]
+        checks.shape("counts", counts.shape, (sum(rows for rows, _ in shapes), _width(longest)), remedy)
+        checks.shape("columns", columns.shape, (int(_widen(counts).sum()), _width(longest - 1)), remedy)
+        checks.shape("values", values.shape, columns.shape[:1], remedy)
+        return SparseProductMatrix(self, shape, values, columns, counts)
+
+
+class _Metrics(TypedDict):
+    input_metric: Metric
+    output_metric: Metric
+
+
+def _metric(gram: Gram | None) -> Metric:
+    """The metric that the algorithms take: the same for every row."""
+    if gram is None:
+        return None
+    return gram.diagonal() if isinstance(gram, DiagonalGram) else gram.dense()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Supports
+
+
+def _width(bound: int) -> int:
+    """Bytes of the smallest integer type that holds the numbers from 0 to `bound`."""
+    return 1 if bound < 1 << 8 else 2 if bound < 1 << 16 else 4
+
+
+def _narrow(indices: Tensor, width: int) -> Tensor:
+    """Whole numbers as bytes, least significant first: (n,) -> (n, width) of uint8."""
+    return torch.stack([(indices >> (8 * place)) & 0xFF for place in range(width)], dim=1).to(torch.uint8)
+
+
+def _widen(packed: Tensor) -> Tensor:
+    """Undoes `_narrow`: (n, width) of uint8 -> (n,) of int64."""
+    places = 256 ** torch.arange(packed.shape[1], device=packed.device)
+    return (packed.to(torch.int64) * places).sum(1)
+
+
+def _random_support(size: tuple[int, int], sparsity: int, generator: torch.Generator) -> Tensor:
+    """A 0-1 matrix, a permuted sum of cyclic diagonals: K per line of the longer side, at least K across."""
+    short, long = min(size), max(size)
+    shifts = torch.randperm(short, generator=generator)[:sparsity]
+    across = (torch.arange(long)[:, None] + shifts) % short
+    across = torch.randperm(short, generator=generator)[across]
+    support = torch.zeros(long, short).scatter_(1, across, 1.0)[torch.randperm(long, generator=generator)]
+    return support if size[0] == long else support.T
+
+
+def _tensors(factors: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """The stored tensors of dense factors with explicit zeros, one factor's rows after the other's."""
+    longest = max(columns for _, columns in shapes)
+    values, columns, counts = [], [], []
+    for factor in factors:
+        # A factor of zeros, as a zero weight gives it, keeps a diagonal to train on.
+        pattern = factor != 0 if bool(factor.any()) else torch.ones_like(factor).tril().triu()
+        row, column = pattern.nonzero(as_tuple=True)
+        values.append(factor[row, column])
+        columns.append(column)
+        counts.append(torch.bincount(row, minlength=len(factor)))
+    return {
+        "values": torch.cat(values),
+        "columns": _narrow(torch.cat(columns), _width(longest - 1)),
+        "counts": _narrow(torch.cat(counts), _width(longest)),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------
+# One factor applied
+
+
+class _Support(NamedTuple):
+    """One factor's support, by rows for S and by columns for Sᵀ; int32."""
+
+    size: tuple[int, int]
+    columns: Tensor  # of every entry, row after row
+    starts: Tensor  # of every row
+    rows: Tensor  # of every entry
+    order: Tensor  # of the entries column after column
+    transposed_rows: Tensor  # rows[order]
+    transposed_starts: Tensor  # of every column, in `order`
+
+    def transposed(self) -> "_Support":
+        """The support of Sᵀ, whose values are those of S in `order`."""
+        inverse = torch.empty_like(self.order)
+        inverse[self.order] = torch.arange(len(inverse), dtype=inverse.dtype, device=inverse.device)
+        size = (self.size[1], self.size[0])
+        by_column = (self.transposed_rows, self.transposed_starts, self.columns[self.order])
+        return _Support(size, *by_column, inverse, self.columns, self.starts)
+
+
+def _needs_plain_operations() -> bool:
+    """Whether an exporter, tracer, functorch transform or forward-mode derivative looks at the operations."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch._C._get_tracing_state() is not None
+        or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def _apply_factor(values: Tensor, x: Tensor, support: _Support) -> Tensor:
+    """S X: (columns, batch) -> (rows, batch)."""
+    if _needs_plain_operations():
+        return _gather_and_add(values, x, support)
+    return _ApplyFactor.apply(values, x, *support)
+
+
+def _gather_and_add(values: Tensor, x: Tensor, support: _Support) -> Tensor:
+    """S X of gather and scatter operations that every exporter and transform knows."""
+    products = values[:, None] * x[support.columns]
+    return x.new_zeros(support.size[0], x.shape[1]).index_add(0, support.rows, products)
+
+
+def _sum_of_rows(values: Tensor, x: Tensor, indices: Tensor, starts: Tensor) -> Tensor:
+    """The rows of X by index, weighted and added from each start to the next."""
+    return functional.embedding_bag(indices, x, starts, mode="sum", per_sample_weights=values)
+
+
+class _ApplyFactor(torch.autograd.Function):
+    """S X without a copy of X per entry: ∂X = Sᵀ ∂Y, and ∂values multiplies rows of ∂Y by rows of X."""
+
+    @staticmethod
+    def forward(values, x, size, columns, starts, rows, order, transposed_rows, transposed_starts):
+        return _sum_of_rows(values, x.contiguous(), columns, starts)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, x, _, columns, starts, rows, order, transposed_rows, transposed_starts = inputs
+        ctx.save_for_backward(values, x, columns, starts, rows, order, transposed_rows, transposed_starts)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        values, x, columns, starts, rows, order, transposed_rows, transposed_starts = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        to_values = to_x = None
+        if ctx.needs_input_grad[0]:
+            to_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                gradient, x.contiguous(), columns, starts, rows, 0, -1
+            )
+        if ctx.needs_input_grad[1]:
+            to_x = _sum_of_rows(values[order], gradient, transposed_rows, transposed_starts)
+        return to_values, to_x, None, None, None, None, None, None, None
+
+
+class SparseProductMatrix(StructuredMatrix):
+    """A member of `SparseProduct`.
+
+    Stores `values` of all entries, factor after factor and row after row, with the bytes of their `columns`
+    and of the `counts` of entries in every row.
+    """
+
+    columns: Tensor
+    counts: Tensor
+
+    def __init__(
+        self, structure: SparseProduct, shape: Shape, values: Tensor, columns: Tensor, counts: Tensor
+    ) -> None:
+        super().__init__(structure, shape)
+        self.values = nn.Parameter(values.contiguous())
+        self.register_buffer("columns", columns.contiguous())
+        self.register_buffer("counts", counts.contiguous())
+        self.sizes = structure.factor_shapes(shape)
+        self._widen_supports()
+
+    def _widen_supports(self) -> None:
+        """Unpacks the indices once, into buffers that are not stored."""
+        all_counts, all_columns = _widen(self.counts), _widen(self.columns)
+        row_lists = all_counts.split([rows for rows, _ in self.sizes])
+        self.entries = [int(counts.sum()) for counts in row_lists]
+        self.longest_row = [int(counts.max()) for counts in row_lists]
+        column_lists = all_columns.split(self.entries)
+        for index, (size, counts, columns) in enumerate(
+            zip(self.sizes, row_lists, column_lists, strict=True)
+        ):
+            if len(columns) and int(columns.max()) >= size[1]:
+                remedy = "load the file that belongs to this model"
+                raise ValueError(checks.fault("columns", f"below {size[1]}", int(columns.max()), remedy))
+            rows = torch.repeat_interleave(torch.arange(size[0], device=counts.device), counts)
+            order = torch.argsort(columns, stable=True)
+            per_column = torch.bincount(columns, minlength=size[1])
+            parts = {
+                "columns": columns,
+                "starts": counts.cumsum(0) - counts,
+                "rows": rows,
+                "order": order,
+                "transposed_rows": rows[order],
+                "transposed_starts": per_column.cumsum(0) - per_column,
+            }
+            for name, part in parts.items():
+                self.register_buffer(f"_{name}_{index}", part.to(torch.int32), persistent=False)
+
+    def _support(self, index: int) -> _Support:
+        parts = (getattr(self, f"_{name}_{index}") for name in _Support._fields[1:])
+        return _Support(self.sizes[index], *parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        checks.last_dimension(x, self.inputs)
+        # Half precisions are summed in single precision.
+        dtype = x.dtype if x.dtype in {torch.float32, torch.float64} else torch.float32
+        hidden = x.reshape(-1, self.inputs).T.to(dtype).contiguous()
+        values = self.values.to(dtype).split(self.entries)
+        for index in reversed(range(len(self.sizes))):
+            hidden = _apply_factor(values[index], hidden, self._support(index))
+        return hidden.T.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
+
+    def dense_factors(self) -> list[Tensor]:
+        """The factors as dense matrices, from left to right; differentiable."""
+        factors = []
+        for index, part in enumerate(self.values.split(self.entries)):
+            (rows, columns), support = self.sizes[index], self._support(index)
+            place = support.rows.to(torch.int64) * columns + support.columns
+            factors.append(part.new_zeros(rows * columns).scatter(0, place, part).reshape(rows, columns))
+        return factors
+
+    def to_dense(self) -> Tensor:
+        product, *others = self.dense_factors()
+        for factor in others:
+            product = product @ factor
+        return product.reshape(self.shape)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        chosen = indices.reshape(-1)
+        support = self._support(0)
+        counts = _widen(self.counts[: self.sizes[0][0]])[chosen]
+        # Rows are padded to the longest: a mask instead of lengths keeps the shapes static.
+        offset = torch.arange(self.longest_row[0], device=chosen.device)
+        place = (support.starts[chosen][:, None] + offset).clamp_max(self.entries[0] - 1).to(torch.int64)
+        values = self.values.split(self.entries)
+        first = torch.where(offset < counts[:, None], values[0][place], 0)
+        columns = support.columns[place].to(torch.int64)
+        picked = first.new_zeros(len(chosen), self.sizes[0][1]).scatter_add(1, columns, first).T
+        for index in range(1, len(self.sizes)):
+            support = self._support(index)
+            picked = _apply_factor(values[index][support.order], picked, support.transposed())
+        return picked.T.reshape(*indices.shape, self.inputs)
+
+    def multiply_adds(self, geometry: Geometry | None = None) -> int:
+        return self.values.numel() * (1 if geometry is None else geometry.positions(self.shape[2:]))
+
+    def factorisation(self) -> SparseFactorisation:
+        """The member as the algorithms know it: normalised factors and a scale."""
+        factors = [factor.detach() for factor in self.dense_factors()]
+        norms = [float(factor.norm()) for factor in factors]
+        normalised = tuple(factor / (norm or 1.0) for factor, norm in zip(factors, norms, strict=True))
+        return SparseFactorisation(math.prod(norms), normalised, math.nan)
+
+    def reinitialise(self, *, generator: torch.Generator | None = None) -> "SparseProductMatrix":
+        """A member with the same supports and random values, to train a found pattern from scratch.
+
+        The factor that meets the input is drawn after He, the others after Xavier, both with the number of
+        connections that an entry's row and column have in place of the matrix's width and height.
+
+        Args:
+            generator: the source of randomness; a fixed seed where None.
+
+        Returns:
+            A new member.
+        """
+        generator = generator or torch.Generator().manual_seed(0)
+        deviations = []
+        for index, size in enumerate(self.sizes):
+            support = self._support(index)
+            fan_in = torch.bincount(support.rows, minlength=size[0])[support.rows]
+            fan_out = torch.bincount(support.columns, minlength=size[1])[support.columns]
+            first = index == len(self.sizes) - 1
+            deviations.append((2 / fan_in if first else 2 / (fan_in + fan_out)).sqrt())
+        noise = torch.randn(self.values.shape, generator=generator, dtype=torch.float64)
+        values = (noise.to(self.values.device) * torch.cat(deviations)).to(self.values.dtype)
+        structure = cast(SparseProduct, self.structure)
+        return SparseProductMatrix(structure, self.shape, values, self.columns.clone(), self.counts.clone())
+
+    def picture(self) -> list[Rectangle]:
+        return [
+            Rectangle(0, 0, *size, "sparse", f"{entries / size[0]:.1f} per row", index)
+            for index, (size, entries) in enumerate(zip(self.sizes, self.entries, strict=True))
+        ]
