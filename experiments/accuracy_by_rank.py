@@ -4,8 +4,8 @@
     python experiments/accuracy_by_rank.py resnet20
     python experiments/accuracy_by_rank.py mobilenet_v2
 
-Prints one table and writes experiments/results/accuracy_by_rank_NAME.json. Skips with a message where the data folder
-(../shared/data, or WEFT_DATA) is absent.
+Prints one table and writes experiments/results/accuracy_by_rank_NAME.json. Skips with a message where the
+data folder (../shared/data, or WEFT_DATA) is absent.
 """
 
 import argparse

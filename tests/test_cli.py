@@ -10,7 +10,7 @@ import torch
 from weft import load
 from weft.cli import app, main
 
-MODELS = '''
+MODELS = """
 import torch
 from torch import nn
 
@@ -37,7 +37,7 @@ def wrong_shape():
 
 def empty():
     return torch.zeros(0, 1, 8, 8), torch.zeros(0, 1, 8, 8)
-'''
+"""
 
 
 @pytest.fixture
@@ -65,7 +65,10 @@ def test_each_verb_reads_the_file_that_the_one_before_wrote(
     assert weft(monkeypatch, "evaluate tuned.safetensors --data digits --batches 1 -o run.json") == 0
     assert weft(monkeypatch, "report run.json -o report.html") == 0
     assert weft(monkeypatch, "picture tuned.safetensors 4 -o picture.svg") == 0
-    assert weft(monkeypatch, "bench tuned.safetensors --data digits --batches 1 --seconds 0.05 -o bench.json") == 0
+    assert (
+        weft(monkeypatch, "bench tuned.safetensors --data digits --batches 1 --seconds 0.05 -o bench.json")
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "accuracy" in shown
     measured = json.loads((folder / "run.json").read_text())["measurement"]
@@ -102,18 +105,33 @@ def test_export_is_checked_in_onnxruntime(
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("compress models.py:with_nan --data digits --budget bytes=0.25", "must be finite everywhere, got 1 NaN"),
+        (
+            "compress models.py:with_nan --data digits --budget bytes=0.25",
+            "must be finite everywhere, got 1 NaN",
+        ),
         ("compress models.py:without_layers --budget bytes=0.25", "a layer that can be replaced"),
         ("survey models.py:without_layers --data digits", "a layer that can be replaced"),
-        ("compress models.py:network --data models.py:wrong_shape --budget bytes=0.5", r"got \(10, 3, 8, 8\)"),
+        (
+            "compress models.py:network --data models.py:wrong_shape --budget bytes=0.5",
+            r"got \(10, 3, 8, 8\)",
+        ),
         ("compress models.py:network --data models.py:empty --budget bytes=0.5", "at least one example"),
-        ("compress models.py:network --budget bytes=0.001 --families LowRank", r"at least \d+, the smallest possible"),
-        ("compress models.py:network --budget size=0.1", "budget must be one of parameters, bytes, multiply_adds"),
+        (
+            "compress models.py:network --budget bytes=0.001 --families LowRank",
+            r"at least \d+, the smallest possible",
+        ),
+        (
+            "compress models.py:network --budget size=0.1",
+            "budget must be one of parameters, bytes, multiply_adds",
+        ),
         ("compress models.py:network --budget bytes=1.5", "budget bytes must be a share"),
         ("compress models.py:network", "--budget must be given"),
         ("compress models.py:network --budget multiply_adds=0.5", "survey with batches"),
         ("compress models.py:network --budget bytes=0.5 --families Low", "family must be one of"),
-        ("compress models.py:network --budget bytes=0.5 -o nowhere/small.safetensors", "in an existing folder"),
+        (
+            "compress models.py:network --budget bytes=0.5 -o nowhere/small.safetensors",
+            "in an existing folder",
+        ),
         ("compress models.py:missing --budget bytes=0.5", "missing"),
         ("compress nowhere.py:network --budget bytes=0.5", "nowhere.py"),
         ("compress models.py:network --weights nowhere.npz --budget bytes=0.5", "nowhere.npz"),
@@ -124,7 +142,10 @@ def test_export_is_checked_in_onnxruntime(
         ("plan zero.json --budget bytes=0.5", '"weft_survey": 1'),
         ("evaluate cut.safetensors --data digits", "a whole safetensors file"),
         ("evaluate nowhere.safetensors --data digits", "nowhere.safetensors"),
-        ("evaluate small.safetensors --data digits --model models.py:other", "layer 4 .* a layer of the model"),
+        (
+            "evaluate small.safetensors --data digits --model models.py:other",
+            "layer 4 .* a layer of the model",
+        ),
         ("evaluate small.safetensors --data digits --batches one", "whole numbers separated by commas"),
         ("export small.safetensors --data digits -o small.txt", "a .onnx or .pt2 file"),
         ("picture small.safetensors nowhere -o picture.svg", "LAYER must be one of"),
@@ -174,6 +195,8 @@ def test_every_verb_has_help_with_an_example(
         assert f"weft {verb}" in shown.split("Example", 1)[1], verb
 
 
-def test_families_lists_the_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_families_lists_the_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert weft(monkeypatch, "families") == 0
     assert "LowRank" in capsys.readouterr().out

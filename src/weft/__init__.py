@@ -14,9 +14,8 @@ Examples:
 
 import importlib.metadata
 
-# The modules `weft.survey` and `weft.measure` are imported first, and then hidden behind the functions of their name.
-import weft.measure
-import weft.survey
+# `weft.survey` and `weft.measure` are modules and functions: the modules are imported first, and the
+# functions of the same name then stand before them.
 from weft.measure import inputs
 from weft.plan.allocate import allocate
 from weft.plan.budget import Budget

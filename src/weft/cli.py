@@ -33,8 +33,8 @@ from weft.survey import Survey, read_json, survey
 
 app = typer.Typer(
     help="Trained networks made smaller and faster by re-weaving their weights from structured matrices.",
-    epilog="Example: weft compress model.py:make --weights model.safetensors --data digits --budget bytes=0.25 "
-    "-o small.safetensors",
+    epilog="Example: weft compress model.py:make --weights model.safetensors --data digits "
+    "--budget bytes=0.25 -o small.safetensors",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -234,8 +234,7 @@ def evaluate_command(
         thread_counts=None if thread_counts is None else _numbers("--threads", thread_counts),
     )
     console.print(report.table())
-    record = {"weft_run": 1, "command": f"weft {' '.join(sys.argv[1:])}", "measurement": report.to_json()}
-    write_text(output, json.dumps(record, indent=1))
+    report.save(output, command=f"weft {' '.join(sys.argv[1:])}")
     console.print(f"wrote {output}")
 
 
@@ -299,9 +298,8 @@ def report_command(
     title: Annotated[str, typer.Option("--title", help="The page's title.")] = "weft report",
 ) -> None:
     """Turns a measurement into one self-contained page."""
-    record = read_json(run, "weft_run", "write it with weft evaluate")
-    report = Report.from_json(record["measurement"])
-    report.write_html(output, title=title, command=record["command"])
+    report, command = Report.load(run)
+    report.write_html(output, title=title, command=command)
     console.print(report.table())
     console.print(f"wrote {output}")
 
@@ -374,7 +372,7 @@ def demo_command(
     console.print(f"open {out / 'report.html'}; try: weft evaluate {out / 'small.safetensors'} --data digits")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _survey(network: nn.Module, data: str | None, samples: int, batch_size: int, fisher: bool) -> Survey:
@@ -492,9 +490,9 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
     console.print(table)
     if plan.total is not None:
         parts = [
-            f"{name.replace('_', '-')} {getattr(plan.total, name):,} ({getattr(plan.total, name) / dense:.1%} of dense)"
+            f"{name.replace('_', '-')} {now:,} ({now / dense:.1%} of dense)"
             for name in ("parameters", "bytes", "multiply_adds")
-            if (dense := getattr(found.total, name))
+            if (dense := getattr(found.total, name)) and (now := getattr(plan.total, name)) is not None
         ]
         console.print("the network: " + ", ".join(parts), highlight=False)
 

@@ -44,7 +44,8 @@ def demonstrate(
     """Trains, compresses to a quarter of the parameters, fine-tunes, measures, saves and loads back.
 
     Args:
-        folder: where network.py, dense.safetensors, small.safetensors and report.html are written; made if missing.
+        folder: where network.py, dense.safetensors, small.safetensors, run.json and report.html are written;
+            made if missing.
         say: what is called with every line of the story.
         shown: whether to draw progress bars; where None, only on a terminal.
 
@@ -65,23 +66,27 @@ def demonstrate(
     dense, _ = fine_tune(network(), training, epochs=12, learning_rate=2e-3, shown=shown)
     dense.eval()
     save(dense, out / "dense.safetensors", source=source)
-    say(
-        f"trained a network of {sum(p.numel() for p in dense.parameters()):,} parameters on scikit-learn's digits"
-    )
+    count = sum(parameter.numel() for parameter in dense.parameters())
+    say(f"trained a network of {count:,} parameters on scikit-learn's digits")
 
     found = survey(dense, digits.inputs("calibration"), shown=shown)
     plan = allocate(found, FAMILIES, Budget(parameters=0.25), shown=shown)
     for name, structure in plan.items():
         say(f"  layer {name:>2} {found.layers[name].shape!s:>16} -> {structure}")
-    small, _ = compress(dense, plan, found, batches=digits.inputs("calibration"), shown=shown)
-    small, _ = fine_tune(small, training, teacher=dense, epochs=3, shown=shown)
+    small, fits = compress(dense, plan, found, batches=digits.inputs("calibration"), shown=shown)
+    small, steps = fine_tune(small, training, teacher=dense, epochs=3, shown=shown)
     small.eval()
 
     report = measure(small, against=dense, data=held_out, shown=shown)
-    weights = str(out / "dense.safetensors")
-    path = save(small, out / "small.safetensors", source=source, weights=weights)
+    path = save(small, out / "small.safetensors", source=source, weights=str(out / "dense.safetensors"))
+    command = f"weft demo --out {out}"
+    report.save(out / "run.json", command=command)
     report.write_html(
-        out / "report.html", title="weft demo: scikit-learn's digits", command=f"weft demo --out {out}"
+        out / "report.html",
+        title="weft demo: scikit-learn's digits",
+        command=command,
+        asked=f"a quarter of the parameters, families: {FAMILIES}, three epochs of fine-tuning",
+        log=[*fits, *steps],
     )
 
     again = load(path)

@@ -1,5 +1,6 @@
 """A measurement that can show itself."""
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from weft.measure import Latency, LayerRow, Measurement, Metric, Timing, side_by
 from weft.report.page import render_page
 from weft.storage import write_text
 from weft.structures.base import Cost
+from weft.survey import read_json
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,32 @@ class Report(Measurement):
         costs = {name: Cost(**data[name]) for name in ("dense_cost", "cost")}
         return cls(**{**data, **costs, "latencies": latency_rows, "layers": layer_rows})
 
+    def save(self, path: str | os.PathLike[str], *, command: str = "") -> Path:
+        """Writes the measurement as JSON, for `weft report`.
+
+        Args:
+            path: the file.
+            command: the command that repeats the run.
+
+        Returns:
+            The path.
+        """
+        record = {"weft_run": 1, "command": command, "measurement": self.to_json()}
+        return write_text(path, json.dumps(record, indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> tuple["Report", str]:
+        """Reads what `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The report, and the command that repeats the run.
+        """
+        record = read_json(path, "weft_run", "write it with weft evaluate")
+        return cls.from_json(record["measurement"]), record["command"]
+
     def table(self) -> Table:
         """The table for a terminal.
 
@@ -100,7 +128,13 @@ class Report(Measurement):
         return "\n".join(line.rstrip() for line in lines)
 
     def write_html(
-        self, path: str | os.PathLike[str], *, title: str = "weft report", command: str = ""
+        self,
+        path: str | os.PathLike[str],
+        *,
+        title: str = "weft report",
+        command: str = "",
+        asked: str = "",
+        log: Iterable[Mapping[str, Any]] = (),
     ) -> Path:
         """Writes the report as one self-contained page.
 
@@ -108,11 +142,15 @@ class Report(Measurement):
             path: the file.
             title: the page's title.
             command: the command that repeats the run, shown on the page.
+            asked: what was asked for, such as the budget and the families.
+            log: entries of the runs' logs, in their order: those of `weft.compress` bring the layers' errors,
+                those of `weft.fine_tune` the training curve.
 
         Returns:
             The path.
         """
-        return write_text(path, render_page(self.to_json(), self.rows(), title=title, command=command))
+        page = render_page(self.to_json(), self.rows(), title=title, command=command, asked=asked, log=log)
+        return write_text(path, page)
 
 
 def _milliseconds(seconds: float) -> str:
