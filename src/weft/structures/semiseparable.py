@@ -63,7 +63,7 @@ class Run(NamedTuple):
     Attributes:
         first: the first stage.
         beyond: the stage after the last.
-        shape: (number of stages, rows, columns).
+        shape: (number of stages, columns, rows).
         start: where the run begins in the role's flat tensor.
         stop: where it ends.
     """
@@ -76,7 +76,7 @@ class Run(NamedTuple):
 
 
 class Role(NamedTuple):
-    """One letter of the formula: its matrices in their flat tensor, stage after stage, each row-major.
+    """One letter of the formula: its matrices in their flat tensor, stage after stage, each input-major.
 
     Attributes:
         name: the stored tensor's name.
@@ -94,11 +94,13 @@ class Role(NamedTuple):
     def runs(self) -> tuple[Run, ...]:
         """The fewest runs that cover all matrices but the empty ones."""
         found, start = [], 0
-        for shape, stages in itertools.groupby(range(len(self.shapes)), key=self.shapes.__getitem__):
+        for (rows, columns), stages in itertools.groupby(
+            range(len(self.shapes)), key=self.shapes.__getitem__
+        ):
             members = list(stages)
-            stop = start + len(members) * math.prod(shape)
+            stop = start + len(members) * rows * columns
             if stop > start:
-                found.append(Run(members[0], members[-1] + 1, (len(members), *shape), start, stop))
+                found.append(Run(members[0], members[-1] + 1, (len(members), columns, rows), start, stop))
             start = stop
         return tuple(found)
 
@@ -289,7 +291,7 @@ class SequentiallySemiseparable(Structure):
 
         def error(stages: int) -> float:
             if stages not in errors:
-                structure = cls._largest(shape, stages, budget)
+                structure = cls.largest(shape, stages, budget)
                 dimensions = structure.dimensions(shape)
                 assert dimensions is not None
                 errors[stages] = truncation_error(matrix, *_blocks(shape, stages), dimensions)
@@ -302,11 +304,20 @@ class SequentiallySemiseparable(Structure):
             around = [stages for stages in (best - reach, best + reach) if fewest <= stages <= smaller]
             best = min([best, *around], key=error)
             reach //= 2
-        return cls._largest(shape, best, budget)
+        return cls.largest(shape, best, budget)
 
     @classmethod
-    def _largest(cls, shape: Shape, stages: int, budget: int) -> Self:
-        """The structure with the largest state dimension that the budget allows."""
+    def largest(cls, shape: Shape, stages: int, budget: int) -> Self:
+        """The structure with a given number of stages and the largest state dimension that a budget allows.
+
+        Args:
+            shape: the weight's shape.
+            stages: p.
+            budget: the most coefficients; the state dimension is 0 where the diagonal blocks take them all.
+
+        Returns:
+            The structure.
+        """
         low, high = (
             0,
             max((max(side, default=0) for side in state_bounds(*_blocks(shape, stages))), default=0),
@@ -464,7 +475,7 @@ class SequentiallySemiseparableMatrix(StructuredMatrix):
         """
         parts = (*realisation.causal, realisation.direct, *realisation.anticausal)
         tensors = {
-            role.name: torch.cat([block.flatten() for block in blocks])
+            role.name: torch.cat([block.T.flatten() for block in blocks])
             for role, blocks in zip(_known_roles(structure, shape), parts, strict=True)
             if role.size
         }
@@ -476,7 +487,9 @@ class SequentiallySemiseparableMatrix(StructuredMatrix):
         for role in self._roles:
             flat = getattr(self, role.name) if role.size else self.direct.new_empty(0)
             pieces = flat.split([rows * columns for rows, columns in role.shapes])
-            parts.append(tuple(piece.view(shape) for piece, shape in zip(pieces, role.shapes, strict=True)))
+            parts.append(
+                tuple(piece.view(shape[::-1]).T for piece, shape in zip(pieces, role.shapes, strict=True))
+            )
         return Realisation(StateSpace(*parts[:3]), parts[3], StateSpace(*parts[4:]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -492,26 +505,27 @@ class SequentiallySemiseparableMatrix(StructuredMatrix):
             if runs:
                 states = self._states(direction, step, u)
                 stacks = [torch.stack(states[run.first : run.beyond]) for run in runs]
-                products = list(map(torch.bmm, stacks, self._transposed(name, working)))
+                products = list(map(torch.bmm, stacks, self._matrices(name, working)))
                 y = y + self._side_by_side(name, products, u)
         y = y.view(*x.shape[:-1], self.outputs)
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
-    def _transposed(self, name: str, working: torch.dtype) -> list[Tensor]:
+    def _matrices(self, name: str, working: torch.dtype) -> list[Tensor]:
         """A role's transposed matrices, one view of shape (count, columns, rows) per run."""
         runs = self._runs[name]
         if not runs:
             return []
         flat = getattr(self, name)
         flat = flat if flat.dtype == working else flat.to(working)
-        parts = [flat] if len(runs) == 1 else [flat[run.start : run.stop] for run in runs]
-        return [part.view(run.shape).transpose(1, 2) for part, run in zip(parts, runs, strict=True)]
+        if len(runs) == 1:
+            return [flat.view(runs[0].shape)]
+        return [flat[run.start : run.stop].view(run.shape) for run in runs]
 
     def _from_inputs(self, name: str, u: Tensor) -> list[Tensor]:
         """A role's matrices times its stages' inputs, per run: (count, batch, rows)."""
         batch, left, products = u.shape[0], self._left, []
-        for run, matrices in zip(self._runs[name], self._transposed(name, u.dtype), strict=True):
-            count, _, width = run.shape
+        for run, matrices in zip(self._runs[name], self._matrices(name, u.dtype), strict=True):
+            count, width, _ = run.shape
             part = u[:, left[run.first] : left[run.beyond]].view(batch, count, width)
             products.append(torch.bmm(part.transpose(0, 1), matrices))
         return products
@@ -526,7 +540,7 @@ class SequentiallySemiseparableMatrix(StructuredMatrix):
     def _states(self, direction: str, step: int, u: Tensor) -> list[Tensor]:
         """The states before all stages, s_{k + step} = T_k s_k + what stage k adds; empty ones too."""
         transition, entry, stages = f"{direction}_transition", f"{direction}_input", self.stages
-        matrices = self._by_stage(transition, self._transposed(transition, u.dtype))
+        matrices = self._by_stage(transition, self._matrices(transition, u.dtype))
         added = self._by_stage(entry, self._from_inputs(entry, u))
         states = [u[:, :0]] * stages
         for k in range(stages - 1) if step > 0 else range(stages - 1, 0, -1):
