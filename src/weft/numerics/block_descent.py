@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from weft import checks
 from weft.numerics.block_layout import Factors, Tile
 from weft.numerics.svd import truncated_svd
 
@@ -123,12 +124,7 @@ def independent_blocks(
     return fitted
 
 
-def squared_error(
-    weight: Tensor,
-    tiles: Sequence[Tile],
-    factors: Sequence[Factors],
-    norm: Norm,
-) -> float:
+def squared_error(weight: Tensor, tiles: Sequence[Tile], factors: Sequence[Factors], norm: Norm) -> float:
     """The squared error tr(H E G Eᵀ).
 
     Args:
@@ -140,7 +136,10 @@ def squared_error(
     Returns:
         The squared error.
     """
-    return _gradient(weight, tiles, factors, norm)[1]
+    error = _error(weight, tiles, factors)
+    gradient = error if norm.input.matrix is None else error @ norm.input.matrix
+    gradient = gradient if norm.output.matrix is None else norm.output.matrix @ gradient
+    return float((gradient * error).sum(dtype=torch.float64))
 
 
 def descend(
@@ -156,14 +155,14 @@ def descend(
     """Improves all blocks together by block coordinate descent, until a sweep no longer pays.
 
     The first sweep takes each block's best approximation from an SVD. Later ones make one pass of orthogonal
-    iteration per block, U = orth(M R̃ᵀ) and R̃ = UᵀM, which never lowers the quality either and costs a few
-    products with the block's factors instead of an SVD.
+    iteration per block, U = orth(M R̃ᵀ) and R̃ = UᵀM, which lowers the error too and costs a few products with
+    the block's factors instead of an SVD.
 
     Args:
         weight: W, shape (rows, columns).
         tiles: The blocks; a start of another rank is truncated or grown by the first sweep, if that is exact.
         start: Values to start from.
-        norm: What to measure the error in.
+        norm: What to measure the error in; not the Frobenius norm.
         exact_first_sweep: Whether the first sweep uses SVDs.
         gain: Least relative decrease of the error (not squared) that pays for another sweep.
         sweeps: Most sweeps.
@@ -171,67 +170,139 @@ def descend(
     Returns:
         The best values met, and their squared error; never worse than the start if the start has the tiles'
         ranks.
+
+    Raises:
+        ValueError: The norm does not couple the blocks, so that there is nothing to improve.
     """
-    states = [_whiten(values, *norm.roots(tile)) for tile, values in zip(tiles, start, strict=True)]
-    factors = list(start)
-    gradient, error = _gradient(weight, tiles, factors, norm)
+    if norm.input.matrix is None and norm.output.matrix is None:
+        remedy = "use independent_blocks"
+        raise ValueError(checks.fault("norm", "one that couples the blocks", "the Frobenius norm", remedy))
+    if norm.input.matrix is None:
+        turned, error = descend(
+            weight.mT.contiguous(),
+            [Tile(tile.columns, tile.rows, tile.rank) for tile in tiles],
+            [_turned(values) for values in start],
+            Norm(norm.output, norm.input),
+            exact_first_sweep=exact_first_sweep,
+            gain=gain,
+            sweeps=sweeps,
+        )
+        return [_turned(values) for values in turned], error
+    problem = _Coupled(weight, tiles, norm, list(start))
+    error = problem.squared_error()
     fits = all(_rank_of(values) == tile.rank for tile, values in zip(tiles, start, strict=True))
     best, least = list(start), error if fits else float("inf")
     for sweep in range(sweeps):
-        for index, tile in enumerate(tiles):
-            row_root, column_root = norm.roots(tile)
-            step = _pull(gradient[tile.rows, tile.columns], row_root, column_root)
-            states[index] = _improve(states[index], step, tile.rank, exact=exact_first_sweep and sweep == 0)
-            updated = _unwhiten(states[index], row_root, column_root)
-            _move(gradient, tile, updated, factors[index], norm)
-            factors[index] = updated
-        if norm.input.matrix is not None and norm.output.matrix is None:
-            factors = _refit_left(weight, tiles, factors, norm.input.matrix)
-            states = [_whiten(values, *norm.roots(tile)) for tile, values in zip(tiles, factors, strict=True)]
-        before = error
-        # Computed afresh: rounding in the running gradient must not add up over the sweeps.
-        gradient, error = _gradient(weight, tiles, factors, norm)
+        for index in range(len(tiles)):
+            problem.improve(index, exact=exact_first_sweep and sweep == 0)
+        # What is left is computed afresh: rounding in the running gradient must not add up over the sweeps.
+        if norm.output.matrix is None:
+            problem.refit_left()
+        problem.refresh()
+        before, error = error, problem.squared_error()
         if error < least:
-            best, least = list(factors), error
+            best, least = list(problem.factors), error
         if (sweep or fits) and not error < before * (1.0 - gain) ** 2:
             break
     return best, least
 
 
-def _refit_left(
-    weight: Tensor, tiles: Sequence[Tile], factors: Sequence[Factors], metric: Tensor
-) -> list[Factors]:
-    """Solves for all left factors and dense blocks together, the right factors R fixed, H = I."""
-    # Between two neighbouring cuts of the row partition, the rows of Ŵ are combinations X F of the rows F of
-    # the right factors there, and of unit vectors for dense blocks: X (F G Fᵀ) = W G Fᵀ.
-    target = weight @ metric
-    metric_rows = [
-        metric[tile.columns] if values.right is None else values.right @ metric[tile.columns]
-        for tile, values in zip(tiles, factors, strict=True)
-    ]
+class _Coupled:
+    """The state of a descent: every block's values, and the gradient they leave.
 
-    def onto(matrix: Tensor, index: int) -> Tensor:
-        part, right = matrix[:, tiles[index].columns], factors[index].right
+    With an input metric G there always is `reach`: for every block R G_J:, which its left factor carries into
+    the gradient N = H (W G − Ŵ G); for a dense block it is G_J: itself.
+    """
+
+    def __init__(self, weight: Tensor, tiles: Sequence[Tile], norm: Norm, factors: list[Factors]) -> None:
+        assert norm.input.matrix is not None
+        self.weight, self.tiles, self.norm, self.metric = weight, tiles, norm, norm.input.matrix
+        self.target = weight @ self.metric
+        self.factors = factors
+        self.reach = [self._reach(index) for index in range(len(tiles))]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Computes the whitened values and the gradient from the factors."""
+        self.states = [
+            _whiten(values, *self.norm.roots(tile))
+            for tile, values in zip(self.tiles, self.factors, strict=True)
+        ]
+        self.gradient = self.target.clone()
+        for tile, values, reach in zip(self.tiles, self.factors, self.reach, strict=True):
+            self.gradient[tile.rows].sub_(values.left @ reach)
+        if self.norm.output.matrix is not None:
+            self.gradient = self.norm.output.matrix @ self.gradient
+
+    def squared_error(self) -> float:
+        """tr(N Eᵀ)."""
+        error = _error(self.weight, self.tiles, self.factors)
+        return float((self.gradient * error).sum(dtype=torch.float64))
+
+    def improve(self, index: int, *, exact: bool) -> None:
+        """Improves one block, all others fixed, and moves the gradient: N ← N − H_:I (B_new − B_old) G_J:."""
+        tile, old, old_reach = self.tiles[index], self.factors[index], self.reach[index]
+        row_root, column_root = self.norm.roots(tile)
+        step = _pull(self.gradient[tile.rows, tile.columns], row_root, column_root)
+        self.states[index] = _improve(self.states[index], step, tile.rank, exact=exact)
+        new = self.factors[index] = _unwhiten(self.states[index], row_root, column_root)
+        if new.right is None and old.right is None:
+            left, right = new.left - old.left, old_reach
+        else:
+            self.reach[index] = self._reach(index)
+            left, right = torch.cat([new.left, -old.left], 1), torch.cat([self.reach[index], old_reach])
+        if self.norm.output.matrix is None:
+            self.gradient[tile.rows].sub_(left @ right)
+        else:
+            self.gradient.sub_((self.norm.output.matrix[:, tile.rows] @ left) @ right)
+
+    def refit_left(self) -> None:
+        """Solves for all left factors and dense blocks together, the right factors R fixed, H = I."""
+        # Between two neighbouring cuts of the row partition, the rows of Ŵ are combinations X F of the rows F
+        # of the right factors there, and of unit vectors for dense blocks: X (F G Fᵀ) = W G Fᵀ.
+        lefts = [values.left.clone() for values in self.factors]
+        cuts = sorted({cut for tile in self.tiles for cut in (tile.rows.start, tile.rows.stop)})
+        for first, last in itertools.pairwise(cuts):
+            here = [
+                i for i, tile in enumerate(self.tiles) if tile.rows.start <= first and last <= tile.rows.stop
+            ]
+            depths = [len(self.reach[index]) for index in here]
+            if not 0 < sum(depths) <= self.weight.shape[1] // 2:
+                continue  # nearly dense rows: the system would cost more than the sweeps it saves
+            stacked = torch.cat([self.reach[index] for index in here])
+            system = torch.cat([self._onto(stacked, index) for index in here], 1).double()
+            right_side = torch.cat([self._onto(self.target[first:last], index) for index in here], 1).double()
+            system.diagonal().add_(1e-9 * system.diagonal().mean() + torch.finfo(torch.float32).tiny)
+            solution = torch.linalg.solve(system, right_side, left=False).to(self.weight)
+            for index, part in zip(here, solution.split(depths, dim=1), strict=True):
+                start = self.tiles[index].rows.start
+                lefts[index][first - start : last - start] = part
+        self.factors = [Factors(left, values.right) for left, values in zip(lefts, self.factors, strict=True)]
+
+    def _reach(self, index: int) -> Tensor:
+        """R G_J:."""
+        rows, right = self.metric[self.tiles[index].columns], self.factors[index].right
+        return rows if right is None else right @ rows
+
+    def _onto(self, matrix: Tensor, index: int) -> Tensor:
+        """M_:J Rᵀ."""
+        part, right = matrix[:, self.tiles[index].columns], self.factors[index].right
         return part if right is None else part @ right.mT
 
-    lefts = [values.left.clone() for values in factors]
-    cuts = sorted({cut for tile in tiles for cut in (tile.rows.start, tile.rows.stop)})
-    for first, last in itertools.pairwise(cuts):
-        here = [
-            index for index, tile in enumerate(tiles) if tile.rows.start <= first and last <= tile.rows.stop
-        ]
-        depths = [len(metric_rows[index]) for index in here]
-        if not 0 < sum(depths) <= weight.shape[1] // 2:
-            continue  # nearly dense rows: the system would cost more than the sweeps it saves
-        stacked = torch.cat([metric_rows[index] for index in here])
-        system = torch.cat([onto(stacked, index) for index in here], 1).double()
-        right_side = torch.cat([onto(target[first:last], index) for index in here], 1).double()
-        system.diagonal().add_(1e-9 * system.diagonal().mean() + torch.finfo(torch.float32).tiny)
-        solution = torch.linalg.solve(system, right_side, left=False).to(weight)
-        for index, part in zip(here, solution.split(depths, dim=1), strict=True):
-            start = tiles[index].rows.start
-            lefts[index][first - start : last - start] = part
-    return [Factors(left, values.right) for left, values in zip(lefts, factors, strict=True)]
+
+def _error(weight: Tensor, tiles: Sequence[Tile], factors: Sequence[Factors]) -> Tensor:
+    """E = W − Ŵ; all of W where there are no tiles."""
+    error = weight.clone()
+    for tile, values in zip(tiles, factors, strict=True):
+        error[tile.rows, tile.columns] -= values.dense()
+    return error
+
+
+def _turned(values: Factors) -> Factors:
+    """The transposed block."""
+    if values.right is None:
+        return Factors(values.left.mT.contiguous(), None)
+    return Factors(values.right.mT.contiguous(), values.left.mT.contiguous())
 
 
 def _rank_of(values: Factors) -> int | None:
@@ -289,40 +360,3 @@ def _improve(state: Factors, step: Tensor, rank: int | None, *, exact: bool) -> 
     left, right = state.left, state.right
     basis = torch.linalg.qr(left @ (right @ right.mT) + step @ right.mT).Q
     return Factors(basis, (basis.mT @ left) @ right + basis.mT @ step)
-
-
-def _move(gradient: Tensor, tile: Tile, new: Factors, old: Factors, norm: Norm) -> None:
-    """N ← N − H_:I (B_new − B_old) G_J:, in place."""
-    if new.right is None or old.right is None:
-        left, right = new.dense() - old.dense(), None
-    else:
-        left, right = torch.cat([new.left, -old.left], 1), torch.cat([new.right, old.right])
-    if norm.input.matrix is not None:
-        metric = norm.input.matrix[tile.columns]
-        right = metric if right is None else right @ metric
-        target = gradient
-    else:
-        if right is None:
-            right = torch.eye(tile.width, dtype=left.dtype, device=left.device)
-        target = gradient[:, tile.columns]
-    if norm.output.matrix is not None:
-        target.sub_((norm.output.matrix[:, tile.rows] @ left) @ right)
-    else:
-        target[tile.rows].sub_(left @ right)
-
-
-def _gradient(
-    weight: Tensor,
-    tiles: Sequence[Tile],
-    factors: Sequence[Factors],
-    norm: Norm,
-) -> tuple[Tensor, float]:
-    """N = H E G, and the squared error tr(N Eᵀ)."""
-    error = weight.clone()
-    for tile, values in zip(tiles, factors, strict=True):
-        error[tile.rows, tile.columns] -= values.dense()
-    gradient = error if norm.input.matrix is None else error @ norm.input.matrix
-    if norm.output.matrix is not None:
-        gradient = norm.output.matrix @ gradient
-    square = float((gradient * error).sum(dtype=torch.float64))
-    return gradient.clone() if gradient is error else gradient, square

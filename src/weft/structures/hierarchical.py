@@ -529,7 +529,8 @@ class _Problem:
         for structure, tiles in sized.items():
             if self.norm.couples:
                 values = values or independent_blocks(self.weight, tiles, truncated_svd, self.norm)
-                values, error = descend(self.weight, tiles, values, self.norm)
+                # Looser than a fit's: the neighbouring rank was a good start, and a curve has many points.
+                values, error = descend(self.weight, tiles, values, self.norm, gain=4e-3)
             else:
                 error = 0.0
                 for tile in tiles:
