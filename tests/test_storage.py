@@ -51,11 +51,13 @@ def network(seed: int = 0) -> Network:
 
 
 def compressed(model: nn.Module, structure: Callable[[Shape], Any]) -> nn.Module:
-    """The network with every layer fitted, `Dense` included, which `compress` would leave as it is."""
+    """The network with random members in every layer, `Dense` included, which `compress` would pass over."""
     small = copy.deepcopy(model)
     for name in ("convolution", "first", "second"):
         weight = model.get_submodule(name).weight
-        small = replace_layer(small, [name], structure(tuple(weight.shape)).fit(weight))
+        shape, generator = tuple(weight.shape), torch.Generator().manual_seed(0)
+        member = structure(shape).initialise(shape, generator=generator).to(weight.dtype)
+        small = replace_layer(small, [name], member)
     return small
 
 

@@ -3,10 +3,18 @@
 Every layer offers its error curve; a choice of one candidate each is a multiple-choice knapsack. The loss of
 a choice is the sum of the layers' squared relative errors, or, where the survey has output Grams, the
 Gauss-Newton prediction of the loss increase, Σ ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖²_F times the vectors per sample.
+
+With a price on cost the layers part: each takes the candidate of least loss + price · cost, a corner of its
+curve's convex hull (Everett, Generalized Lagrange multiplier method, Operations Research 11, 1963). The
+lowest price that meets the budget is found by bisection; what is left over is spent greedily. With one limit
+the result loses at most one step along a hull more than the optimum.
 """
 
-import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from weft import checks
 from weft.numerics.gram import squared_error
@@ -18,6 +26,13 @@ from weft.structures.base import Candidate, Cost, Structure
 from weft.survey import LayerSurvey, Survey
 
 METHODS = ("lagrangian", "uniform")
+
+# Halvings of the price's logarithm over 40 decades, and of the uniform share: to the last bit of a double.
+_PRICE_HALVINGS, _SHARE_HALVINGS = 60, 50
+# With several limits: how often their relative prices are adjusted, and by how much.
+_PRICE_ROUNDS, _PRICE_STEP = 40, 2.0
+
+Choice = NDArray[np.intp]
 
 
 def allocate(
@@ -35,8 +50,7 @@ def allocate(
         survey: the network's survey.
         families: "all", names, or classes; leaving a layer dense is always a choice.
         budget: what the whole network may cost.
-        method: "lagrangian" walks down the layers' convex hulls, cheapest loss first, and gives back what is
-            left over; "uniform" takes the same share of every layer.
+        method: "lagrangian" loses least for the price; "uniform" takes the same share of every layer.
         curves: error curves that are already known; computed where None.
         shown: whether to draw a progress bar; where None, only on a terminal.
 
@@ -63,38 +77,25 @@ def allocate(
     for layer in survey.layers.values():
         rest = rest - layer.cost
     _check_reachable(rest, limits, curves)
-    if method == "uniform":
-        chosen = _uniform(survey, curves, rest, limits)
-    else:
-        chosen = _walk_down(curves, _scales(survey), rest, limits)
+    knapsack = _Knapsack(survey, curves, rest, limits)
+    choices = [knapsack.uniform()]
+    if method == "lagrangian":
+        choices = [knapsack.give_back(choice) for choice in (*knapsack.priced(), *choices)]
+    choices = [choice for choice in choices if knapsack.fits(choice)]
+    if not choices:
+        got = ", ".join(f"{name} {limit}" for name, limit in limits.items())
+        remedy = "raise one of the limits, or allow more families"
+        raise ValueError(checks.fault("budget", "reachable in all its limits together", got, remedy))
+    chosen = knapsack.points(min(choices, key=knapsack.loss))
+    total = rest
+    for point in chosen.values():
+        total = total + point.cost
     return Plan(
         structures={name: point.structure for name, point in chosen.items()},
         budget=budget,
         expected=chosen,
-        total=_total(rest, chosen),
+        total=total,
     )
-
-
-def _scales(survey: Survey) -> dict[str, float]:
-    """What a layer's squared relative error counts."""
-    if any(layer.output_gram is None for layer in survey.layers.values()):
-        return dict.fromkeys(survey.layers, 1.0)
-    return {name: _energy(layer) * layer.applications for name, layer in survey.layers.items()}
-
-
-def _energy(layer: LayerSurvey) -> float:
-    return float(squared_error(layer.weight.double().flatten(1), layer.input_gram, layer.output_gram))
-
-
-def _total(rest: Cost, chosen: Mapping[str, Candidate]) -> Cost:
-    total = rest
-    for point in chosen.values():
-        total = total + point.cost
-    return total
-
-
-def _violated(total: Cost, limits: Mapping[str, int]) -> list[str]:
-    return [name for name, limit in limits.items() if getattr(total, name) > limit]
 
 
 def _check_reachable(
@@ -110,124 +111,117 @@ def _check_reachable(
             raise ValueError(checks.fault(f"budget {name}", expected, limit, remedy))
 
 
-def _price(cost: Cost, prices: Mapping[str, float]) -> float:
-    return sum(price * getattr(cost, name) for name, price in prices.items())
+def _scales(survey: Survey) -> dict[str, float]:
+    """What a layer's squared relative error counts."""
+    if any(layer.output_gram is None for layer in survey.layers.values()):
+        return dict.fromkeys(survey.layers, 1.0)
+    return {name: _energy(layer) * layer.applications for name, layer in survey.layers.items()}
 
 
-def _walk_down(
-    curves: Mapping[str, Sequence[Candidate]],
-    scales: Mapping[str, float],
-    rest: Cost,
-    limits: Mapping[str, int],
-) -> dict[str, Candidate]:
-    """From the most accurate choice down the convex hulls, always the move that loses least per cost saved.
-
-    Costs are priced in units of their limits, and only while a limit is broken, so that several limits share
-    one walk.
-    """
-    chosen = {name: min(curve, key=lambda point: (point.error, point.cost)) for name, curve in curves.items()}
-
-    def loss(name: str, point: Candidate) -> float:
-        return scales[name] * point.error**2
-
-    while broken := _violated(_total(rest, chosen), limits):
-        prices = {name: 1 / limits[name] for name in broken}
-
-        def next_move(
-            name: str, prices: Mapping[str, float] = prices
-        ) -> tuple[float, int, str, Candidate] | None:
-            here = chosen[name]
-            price = _price(here.cost, prices)
-            moves = [
-                (
-                    (loss(name, point) - loss(name, here)) / (price - _price(point.cost, prices)),
-                    index,
-                    name,
-                    point,
-                )
-                for index, point in enumerate(curves[name])
-                if _price(point.cost, prices) < price
-            ]
-            return min(moves, default=None, key=lambda move: move[:2])
-
-        heap = [move for name in curves if (move := next_move(name)) is not None]
-        heapq.heapify(heap)
-        total = _total(rest, chosen)
-        while heap and _violated(total, limits) == broken:
-            _, _, name, point = heapq.heappop(heap)
-            total = total - chosen[name].cost + point.cost
-            chosen[name] = point
-            if (move := next_move(name)) is not None:
-                heapq.heappush(heap, move)
-        if not heap and _violated(total, limits) == broken:
-            # Prices of one limit can drive up another: the limits cannot be met by this walk.
-            got = ", ".join(f"{name} {getattr(total, name)} > {limits[name]}" for name in broken)
-            remedy = "raise one of the limits, or allow more families"
-            raise ValueError(checks.fault("budget", "reachable in all its limits together", got, remedy))
-    return _give_back(curves, chosen, loss, rest, limits)
+def _energy(layer: LayerSurvey) -> float:
+    return float(squared_error(layer.weight.double().flatten(1), layer.input_gram, layer.output_gram))
 
 
-def _give_back(
-    curves: Mapping[str, Sequence[Candidate]],
-    chosen: dict[str, Candidate],
-    loss: object,
-    rest: Cost,
-    limits: Mapping[str, int],
-) -> dict[str, Candidate]:
-    """Spends what the last move of the walk left over: the move that gains most per cost, as long as one fits."""
-    prices = {name: 1 / limit for name, limit in limits.items()}
-    total = _total(rest, chosen)
-    while True:
-        best: tuple[float, str, Candidate] | None = None
-        for name, curve in curves.items():
-            here = chosen[name]
-            for point in curve:
-                gain = loss(name, here) - loss(name, point)  # type: ignore[operator]
-                if gain <= 0 or _violated(total - here.cost + point.cost, limits):
-                    continue
-                dearer = max(_price(point.cost, prices) - _price(here.cost, prices), 1e-12)
-                if best is None or gain / dearer > best[0]:
-                    best = (gain / dearer, name, point)
-        if best is None:
-            return chosen
-        _, name, point = best
-        total = total - chosen[name].cost + point.cost
-        chosen[name] = point
+class _Knapsack:
+    """The candidates of all layers as arrays; a choice holds one index into them per layer."""
 
+    def __init__(
+        self,
+        survey: Survey,
+        curves: Mapping[str, Sequence[Candidate]],
+        rest: Cost,
+        limits: Mapping[str, int],
+    ) -> None:
+        self.names = list(curves)
+        self.candidates = [point for curve in curves.values() for point in curve]
+        lengths = [len(curve) for curve in curves.values()]
+        self.first = np.cumsum([0, *lengths[:-1]])
+        self.layer = np.repeat(np.arange(len(lengths)), lengths)
+        scales = _scales(survey)
+        self.losses = np.array([scales[name] * point.error**2 for name in curves for point in curves[name]])
+        self.costs = np.array([[getattr(point.cost, limit) for limit in limits] for point in self.candidates])
+        self.dense = np.array([
+            [getattr(survey.layers[name].cost, limit) for limit in limits] for name in curves
+        ])
+        self.limits = np.array(list(limits.values()))
+        self.room = self.limits - [getattr(rest, limit) for limit in limits]
 
-def _uniform(
-    survey: Survey, curves: Mapping[str, Sequence[Candidate]], rest: Cost, limits: Mapping[str, int]
-) -> dict[str, Candidate]:
-    """The same share of every layer: for each the most accurate candidate within it; the share by bisection."""
+    def points(self, choice: Choice) -> dict[str, Candidate]:
+        """The chosen candidates by layer name."""
+        return {name: self.candidates[index] for name, index in zip(self.names, choice, strict=True)}
 
-    def at(share: float) -> dict[str, Candidate]:
-        chosen = {}
-        for name, curve in curves.items():
-            dense = survey.layers[name].cost
-            within = [
-                point
-                for point in curve
-                if all(getattr(point.cost, key) <= share * getattr(dense, key) for key in limits)
-            ]
-            if within:
-                chosen[name] = min(within, key=lambda point: point.error)
+    def loss(self, choice: Choice) -> float:
+        """The predicted loss of a choice."""
+        return float(self.losses[choice].sum())
+
+    def fits(self, choice: Choice) -> bool:
+        """Whether a choice meets every limit."""
+        return bool((self.costs[choice].sum(0) <= self.room).all())
+
+    def _least(self, values: NDArray[np.floating]) -> Choice:
+        """For every layer the first candidate of least value; curves stand cheapest first."""
+        least = np.minimum.reduceat(values, self.first)
+        hits = np.flatnonzero(values == least[self.layer])
+        return hits[np.searchsorted(self.layer[hits], np.arange(len(self.first)))]
+
+    def priced(self) -> list[Choice]:
+        """Choices at the lowest price that meets the budget, for several ratios of the limits' prices."""
+        found = []
+        weights = np.ones(len(self.limits))
+        for _ in range(_PRICE_ROUNDS if len(weights) > 1 else 1):
+            choice = self._at_lowest_price(weights / self.limits)
+            if self.fits(choice):
+                found.append(choice)
+            # The limit that is nearest to being broken gains in price, one with slack loses.
+            used = self.costs[choice].sum(0) / np.maximum(self.room, 1)
+            weights *= np.exp(_PRICE_STEP * np.clip(used - used.max(), -1, 0))
+        return found
+
+    def _at_lowest_price(self, prices: NDArray[np.floating]) -> Choice:
+        charges = self.costs @ prices
+        unpriced = self._least(self.losses)
+        if self.fits(unpriced):
+            return unpriced
+        scale = self.losses.max() or 1.0
+        low, high = math.log(scale * 1e-20), math.log(scale * 1e20)
+        best = self._least(charges)
+        for _ in range(_PRICE_HALVINGS):
+            middle = (low + high) / 2
+            choice = self._least(self.losses + math.exp(middle) * charges)
+            if self.fits(choice):
+                high, best = middle, choice
             else:
-                chosen[name] = min(curve, key=lambda point: _price(point.cost, dict.fromkeys(limits, 1.0)))
-        return chosen
+                low = middle
+        return best
 
-    low, high = 0.0, 1.0
-    if not _violated(_total(rest, at(high)), limits):
-        return at(high)
-    for _ in range(40):
-        middle = (low + high) / 2
-        if _violated(_total(rest, at(middle)), limits):
-            high = middle
-        else:
-            low = middle
-    chosen = at(low)
-    if broken := _violated(_total(rest, chosen), limits):
-        got = ", ".join(f"{name} {getattr(_total(rest, chosen), name)} > {limits[name]}" for name in broken)
-        raise ValueError(
-            checks.fault("budget", "reachable in all its limits together", got, "raise one of them")
-        )
-    return chosen
+    def give_back(self, choice: Choice) -> Choice:
+        """Spends what is left over: the exchange that gains most per cost, as long as one fits."""
+        choice = choice.copy()
+        charges = (self.costs / self.limits).sum(1)
+        while True:
+            here = choice[self.layer]
+            gains = self.losses[here] - self.losses
+            left = self.room - self.costs[choice].sum(0)
+            possible = (gains > 0) & (self.costs - self.costs[here] <= left).all(1)
+            if not possible.any():
+                return choice
+            dearer = np.maximum(charges - charges[here], 1e-12)
+            index = int(np.argmax(np.where(possible, gains / dearer, -1.0)))
+            choice[self.layer[index]] = index
+
+    def uniform(self) -> Choice:
+        """The same share of every layer: its most accurate candidate within it; the share by bisection."""
+        shares = (self.costs / np.maximum(self.dense, 1)[self.layer]).max(1)
+        errors = np.array([point.error for point in self.candidates])
+
+        def at(share: float) -> Choice:
+            within = self._least(np.where(shares <= share, errors, np.inf))
+            return np.where(shares[within] <= share, within, self._least(shares))
+
+        low, high = 0.0, 1.0
+        if self.fits(at(high)):
+            return at(high)
+        for _ in range(_SHARE_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.fits(at(middle)) else (low, middle)
+        return at(low)

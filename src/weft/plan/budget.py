@@ -39,7 +39,7 @@ class Budget:
             names = ", ".join(field.name for field in fields(self))
             raise ValueError(checks.fault("budget", f"given as one of {names}", "none", remedy))
         for name, limit in given.items():
-            if isinstance(limit, float) or limit == 1:
+            if isinstance(limit, float) or (limit == 1 and not isinstance(limit, bool)):
                 if not (0 < limit <= 1):
                     expected = "a share above 0 and at most 1, or a whole number"
                     raise ValueError(checks.fault(f"budget {name}", expected, limit, f"e.g. {name}=0.25"))
@@ -89,7 +89,7 @@ class Budget:
             The budget.
 
         Raises:
-            ValueError: a name is unknown or a value no number.
+            ValueError: a name is unknown or given twice, or a value is no number.
         """
         known = [field.name for field in fields(cls)]
         values: dict[str, float | int] = {}
@@ -98,6 +98,8 @@ class Budget:
             if name not in known:
                 remedy = "write e.g. --budget bytes=0.25"
                 raise ValueError(checks.fault("budget", f"one of {', '.join(known)}", repr(name), remedy))
+            if name in values:
+                raise ValueError(checks.fault(f"budget {name}", "given once", "twice", "keep one of the two"))
             try:
                 values[name] = int(value) if value.isdecimal() else float(value)
             except ValueError:

@@ -43,7 +43,7 @@ class Plan(Mapping[str, Structure]):
         return len(self.structures)
 
     def __hash__(self) -> int:
-        return hash(tuple(self.structures.items()))
+        return hash(frozenset(self.structures.items()))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-ready data.
@@ -87,20 +87,36 @@ class Plan(Mapping[str, Structure]):
             The plan.
 
         Raises:
-            ValueError: a layer's structure cannot be read; it is named.
+            ValueError: it is no plan, or an entry cannot be read; its layer is named.
         """
         data = read_json(path, "weft_plan", "write it with weft plan")
+        layers = data.get("layers")
+        if not isinstance(layers, dict):
+            remedy = 'write e.g. "layers": {"fc": {"structure": {"family": "LowRank", "rank": 8}}}'
+            raise ValueError(checks.fault(f"layers of {path}", "a JSON dictionary", repr(layers), remedy))
         structures, expected = {}, {}
-        for name, entry in data.get("layers", {}).items():
+        for name, entry in layers.items():
             try:
-                structures[name] = from_json(entry["structure"])
-            except (KeyError, TypeError, ValueError) as error:
+                structures[name] = from_json(_checked(entry)["structure"])
+                if "cost" in entry and "error" in entry:
+                    expected[name] = Candidate(structures[name], Cost(**entry["cost"]), float(entry["error"]))
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"layer {name} of {path}: {error}") from error
-            if "cost" in entry and "error" in entry:
-                expected[name] = Candidate(structures[name], Cost(**entry["cost"]), float(entry["error"]))
-        budget = Budget(**data["budget"]) if data.get("budget") else None
-        total = Cost(**data["total"]) if data.get("total") else None
+        try:
+            budget = Budget(**data["budget"]) if data.get("budget") else None
+            total = Cost(**data["total"]) if data.get("total") else None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"budget or total of {path}: {error}") from error
         return cls(structures, budget, expected, total, data.get("source", ""))
+
+
+def _checked(entry: object) -> dict[str, Any]:
+    """A layer's entry, its keys known: a misspelt one must not be passed over."""
+    known = ("structure", "cost", "error")
+    if not isinstance(entry, dict) or "structure" not in entry or set(entry) - set(known):
+        expected = f"a dictionary with the keys {', '.join(known)}"
+        raise ValueError(checks.fault("entry", expected, repr(entry), "only the structure is needed"))
+    return entry
 
 
 def check_plan(plan: Mapping[str, Structure], survey: Survey) -> None:

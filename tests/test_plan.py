@@ -1,0 +1,498 @@
+"""Budgets, error curves, allocation against brute force, and plans as files."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import weft
+from tests.examples import EXAMPLES, Example, each_example
+from weft.measure import network_cost
+from weft.plan.allocate import allocate
+from weft.plan.budget import Budget
+from weft.plan.error_curves import error_curves, layer_candidates, undominated
+from weft.plan.plan import Plan, check_plan
+from weft.structures.base import Candidate, Cost, Geometry, Structure
+from weft.structures.dense import Dense
+from weft.structures.low_rank import LowRank
+from weft.survey import LayerSurvey, Survey
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12 * 4, 20),
+        nn.ReLU(),
+        nn.Linear(20, 10),
+    ).eval()
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 3, 8, 8, generator=generator) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def surveyed() -> tuple[nn.Sequential, Survey]:
+    model = network()
+    return model, weft.survey(model, batches())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Budgets
+
+DENSE = Cost(parameters=1000, bytes=4000, multiply_adds=50_000)
+
+
+@given(st.floats(0, 1, exclude_min=True), st.integers(2, 10**9))
+def test_floats_are_shares_and_integers_absolute(share: float, absolute: int) -> None:
+    limits = Budget(parameters=share, bytes=absolute).limits(DENSE)
+    assert limits["bytes"] == absolute
+    assert limits["parameters"] <= share * DENSE.parameters < limits["parameters"] + 1
+
+
+def test_one_is_the_whole_network_whether_written_as_float_or_integer() -> None:
+    assert Budget(parameters=1).limits(DENSE) == Budget(parameters=1.0).limits(DENSE) == {"parameters": 1000}
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("bytes=0.25", Budget(bytes=0.25)),
+        (" bytes = 0.1 , parameters=200000,", Budget(bytes=0.1, parameters=200_000)),
+        ("multiply_adds=1", Budget(multiply_adds=1)),
+        ("parameters=2.5e-1", Budget(parameters=0.25)),
+    ],
+)
+def test_budgets_are_read_from_text(text: str, budget: Budget) -> None:
+    assert Budget.parse(text) == budget
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "budget must be given as one of parameters, bytes, multiply_adds, got none"),
+        ("size=0.1", "budget must be one of parameters, bytes, multiply_adds, got 'size'"),
+        ("bytes", "budget bytes must be a number, got ''"),
+        ("bytes=a quarter", "budget bytes must be a number, got 'a quarter'"),
+        ("bytes=0.1,bytes=0.2", "budget bytes must be given once, got twice"),
+        ("bytes=1.5", "budget bytes must be a share above 0 and at most 1, or a whole number, got 1.5"),
+        ("bytes=nan", "budget bytes must be a share above 0 and at most 1"),
+        ("bytes=inf", "budget bytes must be a share above 0 and at most 1"),
+        ("bytes=-0.5", "budget bytes must be a share above 0 and at most 1"),
+        ("bytes=0", "budget bytes must be at least 1, got 0"),
+    ],
+)
+def test_text_that_is_no_budget_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize("limit", [True, False, "0.5", [1]], ids=repr)
+def test_limits_that_are_no_numbers_are_refused(limit: Any) -> None:
+    with pytest.raises(TypeError, match="budget bytes must be a whole number"):
+        Budget(bytes=limit)
+
+
+def test_multiply_adds_need_a_survey_with_data() -> None:
+    with pytest.raises(ValueError, match="budget multiply_adds must be measurable, .*; survey with batches"):
+        weft.allocate(weft.survey(network()), "LowRank", Budget(multiply_adds=0.5))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Error curves
+
+costs = st.builds(Cost, st.integers(0, 4), st.integers(0, 4), st.integers(0, 4))
+
+
+@given(st.lists(st.builds(Candidate, st.just(Dense()), costs, st.integers(0, 4).map(float)), max_size=12))
+def test_exactly_the_undominated_candidates_stay(candidates: list[Candidate]) -> None:
+    def key(point: Candidate) -> tuple[float, ...]:
+        return (point.error, point.cost.parameters, point.cost.bytes, point.cost.multiply_adds)
+
+    def beaten(point: Candidate) -> bool:
+        return any(
+            key(other) != key(point) and all(a <= b for a, b in zip(key(other), key(point), strict=True))
+            for other in candidates
+        )
+
+    kept = undominated(candidates)
+    assert {key(point) for point in kept} == {key(point) for point in candidates if not beaten(point)}
+    assert len({key(point) for point in kept}) == len(kept)
+    assert [point.cost.parameters for point in kept] == sorted(point.cost.parameters for point in kept)
+
+
+def test_every_layer_can_be_left_dense(surveyed: tuple[nn.Sequential, Survey]) -> None:
+    _, survey = surveyed
+    for name, curve in error_curves(survey, [LowRank]).items():
+        assert curve[-1] == Candidate(Dense(), survey.layers[name].cost, 0.0)
+        assert [point.cost.parameters for point in curve] == sorted(point.cost.parameters for point in curve)
+        assert all(before.error >= after.error for before, after in itertools.pairwise(curve))
+
+
+@pytest.mark.parametrize("name", ["0", "3", "8"])
+@pytest.mark.parametrize(
+    "family", list(dict.fromkeys(type(example.structure((20, 48))) for example in EXAMPLES))
+)
+def test_predicted_costs_and_errors_are_those_of_the_fitted_layers(
+    family: type[Structure], name: str, surveyed: tuple[nn.Sequential, Survey]
+) -> None:
+    model, survey = surveyed
+    layer = survey.layers[name]
+    curve = [point for point in layer_candidates(layer, [family]) if point.structure != Dense()]
+    for point in curve[:: max(1, len(curve) // 2)]:
+        small, log = weft.compress(model, {name: point.structure}, survey)
+        assert log[0]["parameters"] == point.cost.parameters
+        assert log[0]["bytes"] == point.cost.bytes
+        assert log[0]["multiply_adds"] == point.cost.multiply_adds
+        assert log[0]["error"] == pytest.approx(point.error, rel=2e-2, abs=1e-4)
+        dense = network_cost(model, batches()[0])
+        assert network_cost(small, batches()[0]) == dense - layer.cost + point.cost
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Allocation
+
+
+def made_up(
+    curves: Mapping[str, Sequence[tuple[int, ...]]], rest: int = 0
+) -> tuple[Survey, dict[str, list[Candidate]]]:
+    """A survey and curves from (parameters, [bytes,] error in tenths) triples, the dense one last."""
+    made = {
+        name: [
+            Candidate(LowRank(index + 1), Cost(*point[:-1]), point[-1] / 10)
+            for index, point in enumerate(curve)
+        ]
+        for name, curve in curves.items()
+    }
+    layers = {}
+    total = Cost(rest, rest)
+    for name, curve in made.items():
+        cost = curve[-1].cost
+        layers[name] = MadeUp(name, cost)
+        total = total + cost
+    return Survey(layers, {}, total), made
+
+
+class MadeUp(LayerSurvey):
+    """A layer whose cost is given instead of counted."""
+
+    def __init__(self, name: str, cost: Cost) -> None:
+        super().__init__(name, (name,), torch.empty(1, 1))
+        object.__setattr__(self, "own_cost", cost)
+
+    @property
+    def cost(self) -> Cost:
+        return self.own_cost  # type: ignore[attr-defined]
+
+
+def loss_of(points: Sequence[Candidate]) -> float:
+    return sum(point.error**2 for point in points)
+
+
+def total_of(points: Sequence[Candidate], name: str) -> int:
+    return sum(getattr(point.cost, name) for point in points)
+
+
+@st.composite
+def convexity_free_curves(draw: Any, costs_per_point: int = 1) -> dict[str, list[tuple[int, ...]]]:
+    """Up to four layers with curves of any shape; cost rises and error falls to 0."""
+    curves = {}
+    for layer in range(draw(st.integers(1, 4))):
+        size = draw(st.integers(1, 5))
+        axes = [sorted(draw(st.lists(st.integers(1, 60), min_size=size, max_size=size, unique=True)))]
+        for _ in range(costs_per_point - 1):
+            axes.append(draw(st.lists(st.integers(1, 60), min_size=size, max_size=size)))
+        errors = sorted(
+            draw(st.lists(st.integers(1, 30), min_size=size - 1, max_size=size - 1)), reverse=True
+        )
+        curves[f"layer{layer}"] = list(zip(*axes, [*errors, 0], strict=True))
+    return curves
+
+
+def hull_steps(curve: Sequence[Candidate]) -> list[float]:
+    """The drops in loss between neighbours on a curve's lower convex hull."""
+    hull: list[Candidate] = []
+    for point in sorted(curve, key=lambda point: (point.cost.parameters, point.error)):
+        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [before.error**2 - after.error**2 for before, after in itertools.pairwise(hull)]
+
+
+def _turns_up(first: Candidate, second: Candidate, third: Candidate) -> bool:
+    one = (second.error**2 - first.error**2) * (third.cost.parameters - first.cost.parameters)
+    other = (third.error**2 - first.error**2) * (second.cost.parameters - first.cost.parameters)
+    return one >= other
+
+
+@given(convexity_free_curves(), st.floats(0.05, 1))
+@settings(deadline=None, max_examples=150)
+def test_one_limit_is_met_within_one_hull_step_of_the_optimum(
+    drawn: dict[str, list[tuple[int, ...]]], share: float
+) -> None:
+    survey, curves = made_up(drawn, rest=7)
+    limit = int(share * survey.total.parameters)
+    choices = list(itertools.product(*curves.values()))
+    within = [choice for choice in choices if 7 + total_of(choice, "parameters") <= limit]
+    if not within:
+        least = 7 + min(total_of(choice, "parameters") for choice in choices)
+        with pytest.raises(
+            ValueError, match=f"budget parameters must be at least {least}, the smallest possible"
+        ):
+            allocate(survey, "LowRank", Budget(parameters=share), curves=curves)
+        plan = allocate(survey, "LowRank", Budget(parameters=least), curves=curves)  # and that is reachable
+        assert plan.total is not None
+        assert plan.total.parameters == least
+        return
+    optimum = min(loss_of(choice) for choice in within)
+    plan = allocate(survey, "LowRank", Budget(parameters=share), curves=curves)
+    uniform = allocate(survey, "LowRank", Budget(parameters=share), curves=curves, method="uniform")
+    chosen = list(plan.expected.values())
+    for found in (plan, uniform):
+        assert found.total is not None
+        assert found.total.parameters == 7 + total_of(list(found.expected.values()), "parameters") <= limit
+    assert loss_of(chosen) <= loss_of(list(uniform.expected.values())) + 1e-12
+    step = max((drop for curve in curves.values() for drop in hull_steps(curve)), default=0.0)
+    assert loss_of(chosen) <= optimum + step + 1e-12
+    # Nothing is left over that a single exchange could use.
+    for name, curve in curves.items():
+        for point in curve:
+            if point.error < plan.expected[name].error:
+                exchanged = (
+                    plan.total.parameters - plan.expected[name].cost.parameters + point.cost.parameters
+                )
+                assert exchanged > limit
+
+
+@given(convexity_free_curves(2), st.floats(0.05, 1), st.floats(0.05, 1))
+@settings(deadline=None, max_examples=150)
+def test_several_limits_are_met_together_or_refused(
+    drawn: dict[str, list[tuple[int, ...]]], one: float, other: float
+) -> None:
+    survey, curves = made_up(drawn)
+    budget = Budget(parameters=one, bytes=other)
+    assume(min(budget.limits(survey.total).values()) > 0)
+    limits = budget.limits(survey.total)
+    choices = [
+        choice
+        for choice in itertools.product(*curves.values())
+        if all(total_of(choice, name) <= limit for name, limit in limits.items())
+    ]
+    if not choices:
+        with pytest.raises(
+            ValueError, match="budget .* must be|budget must be reachable in all its limits together"
+        ):
+            allocate(survey, "LowRank", budget, curves=curves)
+        return
+    plan = allocate(survey, "LowRank", budget, curves=curves)
+    assert plan.total is not None
+    assert all(getattr(plan.total, name) <= limit for name, limit in limits.items())
+
+
+@pytest.mark.parametrize("method", ["lagrangian", "uniform"])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(parameters=0.5),
+        Budget(bytes=0.4),
+        Budget(multiply_adds=0.6),
+        Budget(parameters=0.6, multiply_adds=0.5, bytes=5000),
+        Budget(parameters=1.0),
+    ],
+    ids=str,
+)
+def test_the_compressed_network_costs_what_the_plan_predicted_and_no_more_than_the_budget(
+    surveyed: tuple[nn.Sequential, Survey], budget: Budget, method: str
+) -> None:
+    model, survey = surveyed
+    plan = weft.allocate(survey, "LowRank", budget, method=method)
+    small, log = weft.compress(model, plan, survey)
+    measured = network_cost(small, batches()[0])
+    assert measured == plan.total
+    for name, limit in budget.limits(survey.total).items():
+        assert getattr(measured, name) <= limit
+    for entry in log:
+        point = plan.expected[entry["layer"]]
+        assert entry["error"] == pytest.approx(point.error, rel=1e-3, abs=1e-5)
+
+
+def test_the_whole_budget_leaves_everything_dense(surveyed: tuple[nn.Sequential, Survey]) -> None:
+    _, survey = surveyed
+    plan = weft.allocate(survey, "LowRank", Budget(parameters=1.0))
+    assert set(plan.values()) == {Dense()}
+    assert plan.total == survey.total
+
+
+def test_output_grams_weigh_layers_by_the_predicted_loss() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    with torch.no_grad():
+        model[1].weight[1:] *= 1e-3  # only one output of the last layer matters
+    x = [torch.randn(200, 24)]
+    survey = weft.survey(model, x, loss=lambda output, batch: output.square().sum(-1).mean())
+    plan = weft.allocate(survey, "LowRank", Budget(parameters=0.4))
+    assert plan.expected["1"].cost.parameters < plan.expected["0"].cost.parameters
+
+
+def test_a_budget_below_the_smallest_possible_names_it(surveyed: tuple[nn.Sequential, Survey]) -> None:
+    _, survey = surveyed
+    with pytest.raises(
+        ValueError, match=r"budget bytes must be at least \d+, the smallest possible"
+    ) as caught:
+        weft.allocate(survey, "LowRank", Budget(bytes=2))
+    least = int(str(caught.value).split("at least ")[1].split(",")[0])
+    plan = weft.allocate(survey, "LowRank", Budget(bytes=least))
+    assert plan.total is not None
+    assert plan.total.bytes == least
+
+
+def test_unknown_methods_and_families_are_refused(surveyed: tuple[nn.Sequential, Survey]) -> None:
+    _, survey = surveyed
+    with pytest.raises(ValueError, match="method must be one of 'lagrangian', 'uniform', got 'greedy'"):
+        weft.allocate(survey, "LowRank", Budget(parameters=0.5), method="greedy")
+    with pytest.raises(ValueError, match="family must be one of .*LowRank.* got 'HighRank'"):
+        weft.allocate(survey, "HighRank", Budget(parameters=0.5))
+    with pytest.raises(ValueError, match="families must be named, got none"):
+        weft.allocate(survey, [], Budget(parameters=0.5))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def test_a_plan_is_a_mapping_and_a_value() -> None:
+    one = Plan({"a": LowRank(2), "b": Dense()})
+    other = Plan({"b": Dense(), "a": LowRank(2)})
+    assert dict(one) == {"a": LowRank(2), "b": Dense()}
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != Plan({"a": LowRank(3), "b": Dense()})
+
+
+def test_save_and_load_give_an_equal_plan(surveyed: tuple[nn.Sequential, Survey], tmp_path: Path) -> None:
+    _, survey = surveyed
+    plan = weft.allocate(survey, "LowRank", Budget(parameters=0.5, bytes=6000))
+    again = Plan.load(plan.save(tmp_path / "plan.json"))
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert again.budget == plan.budget
+    assert again.expected == plan.expected
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+@each_example
+def test_every_structure_survives_the_file(example: Example, tmp_path: Path) -> None:
+    plan = Plan({"layer": example.structure((40, 48)), "other.name": example.structure((8, 4, 3, 3))})
+    assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+
+
+def test_a_plan_written_by_hand_needs_only_structures(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(
+        json.dumps({"weft_plan": 1, "layers": {"6": {"structure": {"family": "LowRank", "rank": 3}}}})
+    )
+    plan = Plan.load(path)
+    assert plan == Plan({"6": LowRank(3)})
+    small, log = weft.compress(network(), plan)
+    assert small[6].matrix.structure == LowRank(3)
+    assert [entry["layer"] for entry in log] == ["6"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            {"6": {"structure": {"family": "LowRank", "rank": 0}}},
+            r"layer 6 of .*plan\.json: rank must be at least 1",
+        ),
+        ({"6": {"structure": {"family": "LowRank"}}}, "layer 6 of .*fields of LowRank must be complete"),
+        ({"6": {"structure": {"family": "LowRank", "rang": 3}}}, "layer 6 of .*must be known, got rang"),
+        ({"6": {"structure": {"family": "None"}}}, "layer 6 of .*family must be one of"),
+        ({"6": {"structure": "LowRank"}}, "layer 6 of .*structure must be a dictionary"),
+        ({"6": {"rank": 3}}, "layer 6 of .*entry must be a dictionary with the keys structure, cost, error"),
+        ({"6": 3}, "layer 6 of .*entry must be a dictionary"),
+        (
+            {"6": {"structure": {"family": "Dense"}, "cost": {"size": 3}, "error": 0}},
+            "layer 6 of .*unexpected keyword argument 'size'",
+        ),
+        ([1], "layers of .* must be a JSON dictionary"),
+        (None, "layers of .* must be a JSON dictionary"),
+    ],
+)
+def test_edited_plans_that_cannot_be_read_name_the_layer(tmp_path: Path, layers: Any, message: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"weft_plan": 1, "layers": layers}))
+    with pytest.raises(ValueError, match=message):
+        Plan.load(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text('{"weft_survey": 1}')
+    with pytest.raises(ValueError, match='must be JSON with "weft_plan": 1'):
+        Plan.load(path)
+    path.write_text('{"weft_plan": 1, "layers": {}, "budget": {"size": 3}}')
+    with pytest.raises(ValueError, match="budget or total of .*'size'"):
+        Plan.load(path)
+    with pytest.raises(FileNotFoundError, match="path must be an existing file"):
+        Plan.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"6": LowRank(21)}, r"layer 6: rank must be between 1 and 20 for a \(20, 48\) weight, got 21"),
+        ({"elsewhere": LowRank(2)}, "layer elsewhere must be one that can be replaced, got not in the model"),
+        ({"1": LowRank(2)}, "layer 1 must be one that can be replaced, got not in the model"),
+    ],
+)
+def test_impossible_plans_name_the_layer(plan: dict[str, Any], message: str) -> None:
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        weft.compress(model, plan)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_refused_layer_says_why() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ConvTranspose2d(3, 3, 2))
+    with pytest.raises(
+        ValueError, match="layer 1 must be .* got left dense, because ConvTranspose2d is not supported"
+    ):
+        weft.compress(model, {"1": LowRank(2)})
+
+    class Picky(Dense):
+        def refusal(self, shape: Any, geometry: Geometry | None = None) -> str:
+            return "it is Tuesday"
+
+    with pytest.raises(
+        ValueError, match="layer 0 must be one that Picky.* takes, got refused, because it is Tuesday"
+    ):
+        check_plan({"0": Picky()}, weft.survey(model))
+
+
+def test_a_plan_for_another_model_names_the_first_layer_that_differs(
+    surveyed: tuple[nn.Sequential, Survey],
+) -> None:
+    _, survey = surveyed
+    plan = weft.allocate(survey, "LowRank", Budget(parameters=0.5))
+    other = network()
+    other[6] = nn.Linear(48, 30)
+    with pytest.raises(ValueError, match=r"layer 6 must be of shape \(20, 48\), as surveyed, got \(30, 48\)"):
+        weft.compress(other, plan, survey)
+    with pytest.raises(ValueError, match="layer 0 must be .*got none in the model"):
+        weft.compress(nn.Sequential(nn.ReLU(), nn.Linear(3, 3)), plan, survey)
