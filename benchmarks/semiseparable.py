@@ -61,7 +61,7 @@ def seconds(call: Callable[[], object]) -> float:
 def alternating(
     calls: Mapping[str, Callable[[], object]], repeats: int, warm: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Median and quartiles in seconds of calls that take turns; `warm` untimed calls precede each timed one."""
+    """Median and quartiles in seconds of calls that take turns, each after `warm` untimed ones."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -166,7 +166,7 @@ def forwards(repeats: int) -> list[dict[str, object]]:
 
 
 def classifier() -> list[dict[str, object]]:
-    """Plain and weighted fits of MobileNetV2's classifier: relative and weighted error, top-1, beside low rank."""
+    """Fits of MobileNetV2's classifier beside low rank's: relative and weighted error, top-1."""
     if not FEATURES.exists():
         print(f"classifier: {FEATURES} is not on this machine; left out")
         return []
