@@ -138,5 +138,8 @@ def name_of(value: object) -> str:
 
 
 each_example = pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+# Laws of the family as a whole are checked on its first example.
+_FIRST = {type(example.structure((4, 4))): example for example in reversed(EXAMPLES)}
+each_family = pytest.mark.parametrize("example", _FIRST.values(), ids=name_of)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 each_convolution_shape = pytest.mark.parametrize("shape", CONVOLUTION_SHAPES, ids=name_of)
