@@ -248,7 +248,7 @@ def batched_products(stacks: Sequence[Stack], flat: Tensor, vectors: Tensor) -> 
     Returns:
         For each stack the products, shape (batch, count · outputs).
     """
-    batch = len(vectors)
+    batch = vectors.shape[0]  # not len(), which exporters take for a constant
     parts = vectors.split([stack.count * stack.inputs for stack in stacks], dim=1)
     products = []
     for (stack, matrices), part in zip(batches(stacks, flat), parts, strict=True):
