@@ -225,6 +225,32 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         check_onnx(tmp_path / "none.onnx", nn.Linear(6, 4), x)
 
 
+class Picking(nn.Module):
+    """Indexes with integers of 32 bits, which ONNX's GatherND does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.tensor([2, 0, 2], dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.index]
+
+
+def test_narrow_indices_are_widened(tmp_path: Path) -> None:
+    x = torch.randn(4, 6)
+    path = export_onnx(Picking(), x, tmp_path / "picking.onnx")
+    assert "GatherND" in {node.op_type for node in onnx.load(path).graph.node}
+    assert check_onnx(path, Picking(), x) == 0
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    model, x = nn.Linear(6, 4), torch.randn(3, 6)
+    path = export_onnx(model, x, tmp_path / "layer.onnx")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="must be an ONNX file that onnxruntime takes"):
+        check_onnx(path, model, x)
+
+
 class Twice(nn.Module):
     """Returns two tensors."""
 

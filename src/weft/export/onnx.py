@@ -61,6 +61,7 @@ def export_onnx(
         sample = with_batch_size(sample, 2)
     shapes = batch_axes(model, sample, BATCH_AXIS) if dynamic_batch else None
     converted = _convert(trace(model, sample, dynamic_batch=dynamic_batch), shapes, opset)
+    _widen_indices(converted.model.graph)
     _forget_tracing(converted.model.graph)
     stored = sum(value.const_value.nbytes for value in converted.model.graph.initializers.values())
     if stored > _LARGEST_FILE:
@@ -89,6 +90,21 @@ def _convert(program: ExportedProgram, shapes: dict[str, Any] | None, opset: int
         remedy = f"use opset={written} or leave it out"
         raise ValueError(checks.fault("opset", "one that the exporter can convert to", opset, remedy))
     return converted
+
+
+def _widen_indices(graph: Any) -> None:
+    """Casts indices of 32 bits, which the exporter passes on, to the 64 that these operators demand."""
+    intermediate = importlib.import_module("onnx_ir")
+    for node in list(graph.all_nodes()):
+        if (
+            node.op_type not in {"GatherND", "ScatterND"}
+            or node.inputs[1].dtype != intermediate.DataType.INT32
+        ):
+            continue
+        cast = intermediate.node("Cast", [node.inputs[1]], {"to": intermediate.DataType.INT64})
+        cast.outputs[0].dtype = intermediate.DataType.INT64
+        node.graph.insert_before(node, cast)
+        node.replace_input_with(1, cast.outputs[0])
 
 
 def _forget_tracing(graph: Any) -> None:
@@ -138,7 +154,8 @@ def check_onnx(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an output differs by more than the tolerance, or in shape, or their number differs.
+        ValueError: onnxruntime cannot read the file, or an output differs by more than the tolerance, or in
+            shape, or their number differs.
     """
     checks.positive("tolerance", tolerance)
     runtime = _package("onnxruntime")
@@ -147,7 +164,14 @@ def check_onnx(
         raise FileNotFoundError(checks.fault("path", "an existing file", file, "check the name"))
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors only
-    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own types have no common base below this
+        remedy = "write it again with export_onnx"
+        got = str(error).strip().splitlines()[0]
+        raise ValueError(
+            checks.fault(str(file), "an ONNX file that onnxruntime takes", got, remedy)
+        ) from error
     sizes = [batch_size(sample)]
     if any(isinstance(axis, str) for given in session.get_inputs() for axis in given.shape[:1]):
         sizes += [size for size in (1, sizes[0] + 2) if size not in sizes]
