@@ -185,7 +185,7 @@ def accuracy(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | N
         shown: whether to draw a progress bar; where None, only on a terminal.
 
     Returns:
-        The share of labels that are the largest score.
+        The share of labels that are the largest score; NaN among the scores counts as wrong.
 
     Raises:
         ValueError: there are no batches, or labels and scores do not match.
@@ -207,7 +207,8 @@ def accuracy(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | N
                 got = f"{int(labels.min())} to {int(labels.max())}"
                 remedy = "check that data and model have the same classes"
                 raise ValueError(checks.fault("labels", f"between 0 and {scores.shape[-1] - 1}", got, remedy))
-            right += int((scores.argmax(-1).cpu() == labels.cpu()).sum())
+            known = ~scores.isnan().any(-1)  # the largest of NaNs is no answer
+            right += int(((scores.argmax(-1) == labels.to(scores.device)) & known).sum())
             count += labels.numel()
     if not count:
         raise ValueError(checks.fault("data", "not empty", "no labelled samples", "pass at least one batch"))
@@ -287,8 +288,30 @@ def network_cost(model: nn.Module, batch: Batch | None = None) -> Cost:
     return Cost(parameters, size, 0 if batch is None else _count_multiply_adds(model, batch))
 
 
+def _attention_flops(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _recurrent_flops(x: Sequence[int], into: Sequence[int], again: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * (math.prod(into) + math.prod(again))
+
+
+def _matrix_vector_flops(matrix: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+_UNCOUNTED_BY_TORCH = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops,
+    torch.ops.aten.mv: _matrix_vector_flops,
+    torch.ops.aten.dot: _matrix_vector_flops,
+}
+
+
 def _count_multiply_adds(model: nn.Module, batch: Batch) -> int:
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED_BY_TORCH)
     outside: list[float] = []
     own: list[float] = []
     handles = []
