@@ -195,6 +195,32 @@ def test_a_grid_serves_a_two_dimensional_kernel_better_than_a_line():
     assert on_grid < 0.7 * on_line
 
 
+@pytest.mark.parametrize(
+    ("clustering", "admissibility"),
+    [("geometric", "strong"), ("principal", "strong"), ("principal", "uniform")],
+)
+def test_scattered_points_may_be_given(clustering, admissibility):
+    generator = torch.Generator().manual_seed(4)
+    rows, columns = (torch.rand(size, 2, generator=generator, dtype=torch.float64) for size in (400, 300))
+    matrix = torch.log(torch.cdist(rows, columns) + 1e-3)
+    errors, shares = [], []
+    for rank in (1, 2, 3):
+        structure = Hierarchical(
+            rank=rank, leaf_size=8, admissibility=admissibility, eta=2.0, clustering=clustering
+        )
+        member = structure.fit_points(matrix, rows, columns)
+        errors.append(relative_error(matrix, member.to_dense()))
+        shares.append(member.cost().parameters / matrix.numel())
+        again = structure.from_tensors((400, 300), member.stored())
+        assert torch.equal(again.to_dense(), member.to_dense())
+    assert errors[0] > 1.5 * errors[1] > 2 * errors[2] > 0
+    assert shares[0] < 0.55
+    with pytest.raises(ValueError, match=r"row_points must be of shape \(400, dimensions\)"):
+        structure.fit_points(matrix, columns, columns)
+    with pytest.raises(ValueError, match="clustering must be 'geometric' or 'principal'"):
+        dataclasses.replace(structure, clustering="cardinality").fit_points(matrix, rows, columns)
+
+
 @pytest.mark.parametrize("admissibility", ["weak", "uniform"])
 def test_descent_pays_where_the_gram_couples_the_blocks(admissibility):
     matrix, gram = spectral_decay(48, 64), correlated_gram(64)

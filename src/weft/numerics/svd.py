@@ -36,6 +36,22 @@ def singular_value_decomposition(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor
     return tuple(torch.from_numpy(part).to(matrix) for part in (left, values, right))  # type: ignore[return-value]
 
 
+def singular_values(matrix: Tensor) -> Tensor:
+    """All singular values, with the same way out as `singular_value_decomposition`.
+
+    Args:
+        matrix: Shape (rows, columns), float32 or float64.
+
+    Returns:
+        Shape (min(rows, columns),), in descending order.
+    """
+    check_matrix(matrix)
+    try:
+        return torch.linalg.svdvals(matrix)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        return singular_value_decomposition(matrix)[1]
+
+
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best approximation of a given rank in every unitarily invariant norm.
 

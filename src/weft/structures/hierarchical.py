@@ -44,7 +44,7 @@ from weft.numerics.cluster_tree import (
 )
 from weft.numerics.gram import squared_error as true_squared_error
 from weft.numerics.rank_revealing_qr import rank_revealing_qr
-from weft.numerics.svd import rank_at_tolerance, truncated_svd
+from weft.numerics.svd import rank_at_tolerance, singular_values, truncated_svd
 from weft.structures.base import (
     BlockDiagonalGram,
     Candidate,
@@ -209,20 +209,18 @@ class Hierarchical(Structure):
         rows, columns = weight.shape
         match clustering:
             case "geometric":
-                row_points, column_points = (
-                    _grid(self.row_grid or (rows,)),
-                    _grid(self.column_grid or (columns,)),
-                )
-                return geometric_tree(row_points, self.leaf_size), geometric_tree(
-                    column_points, self.leaf_size
-                )
+                points = _grid(self.row_grid or (rows,)), _grid(self.column_grid or (columns,))
+                return self._trees_of_points(*points, clustering)
             case "principal":
-                row_points, column_points = self._embedding(weight)
-                return principal_tree(row_points, self.leaf_size), principal_tree(
-                    column_points, self.leaf_size
-                )
+                return self._trees_of_points(*self._embedding(weight), clustering)
             case _:
                 return cardinality_tree(rows, self.leaf_size), cardinality_tree(columns, self.leaf_size)
+
+    def _trees_of_points(
+        self, row_points: Tensor, column_points: Tensor, clustering: str
+    ) -> tuple[ClusterTree, ClusterTree]:
+        grow = geometric_tree if clustering == "geometric" else principal_tree
+        return grow(row_points, self.leaf_size), grow(column_points, self.leaf_size)
 
     def _embedding(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and columns as points of one space: U S^{1/2} and V S^{1/2}, truncated."""
@@ -253,7 +251,7 @@ class Hierarchical(Structure):
         tolerance = self.tolerance or 0.0
         match self.method:
             case "svd":
-                rank = rank_at_tolerance(torch.linalg.svdvals(block), tolerance)
+                rank = rank_at_tolerance(singular_values(block), tolerance)
             case "rrqr":
                 rank = rank_revealing_qr(block, tolerance=tolerance)[0].shape[1]
             case _:
@@ -302,6 +300,54 @@ class Hierarchical(Structure):
             )
         problem, tiles = min(self._arrangements(matrix, input_gram, output_gram), key=self._drawback)
         return self._member(weight.shape, problem, problem.solve(self.method, tiles))
+
+    def fit_points(
+        self,
+        weight: Tensor,
+        row_points: Tensor,
+        column_points: Tensor,
+        *,
+        input_gram: Gram | None = None,
+        output_gram: Gram | None = None,
+    ) -> "HierarchicalMatrix":
+        """The member nearest to a weight whose rows and columns lie at given places.
+
+        Args:
+            weight: W, shape (rows, columns), floating.
+            row_points: The rows' coordinates, shape (rows, dimensions).
+            column_points: The columns' coordinates, shape (columns, dimensions); for strong admissibility in
+                the same space.
+            input_gram: Ĝ; the identity where None.
+            output_gram: H; the identity where None.
+
+        Returns:
+            The member; later fits that start from it keep its order and blocks.
+
+        Raises:
+            ValueError: The clustering is not one by points, or the points do not fit the weight.
+        """
+        checks.weight(weight)
+        self.check(tuple(weight.shape))
+        if self.clustering not in ("geometric", "principal"):
+            remedy = "choose one of these"
+            raise ValueError(
+                checks.fault("clustering", "'geometric' or 'principal'", repr(self.clustering), remedy)
+            )
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        matrix = weight.detach().to(dtype).flatten(1)
+        for name, points, size in zip(
+            ("row_points", "column_points"), (row_points, column_points), matrix.shape, strict=True
+        ):
+            if points.ndim != 2 or len(points) != size:
+                expected = f"of shape ({size}, dimensions)"
+                raise ValueError(
+                    checks.fault(name, expected, tuple(points.shape), "pass one point per index")
+                )
+        with torch.no_grad():
+            rows, columns = self._trees_of_points(row_points, column_points, self.clustering)
+            problem = _Problem(matrix, rows.order, columns.order, input_gram, output_gram)
+            solution = problem.solve(self.method, self._tiles(problem, rows, columns))
+            return self._member(tuple(weight.shape), problem, solution).to(weight.dtype)
 
     def _arrangements(
         self, matrix: Tensor, input_gram: Gram | None, output_gram: Gram | None
@@ -536,7 +582,7 @@ class _Problem:
                 for tile in tiles:
                     place = tile.rows.start, tile.columns.start
                     if place not in tails:
-                        energy = torch.linalg.svdvals(self.weight[tile.rows, tile.columns]).double().square()
+                        energy = singular_values(self.weight[tile.rows, tile.columns]).double().square()
                         tails[place] = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
                     error += 0.0 if tile.rank is None else float(tails[place][tile.rank])
             yield structure, math.sqrt(max(error, 0.0) / total) if total > 0 else 0.0
@@ -608,7 +654,7 @@ class HierarchicalMatrix(StructuredMatrix):
         for name, values in (("left", left), ("right", right), ("dense", dense)):
             self.register_parameter(name, None if values is None else nn.Parameter(values.contiguous()))
         for name, values in (("blocks", blocks), ("row_order", row_order), ("column_order", column_order)):
-            self.register_buffer(name, None if values is None else values.contiguous())
+            self._keep(name, None if values is None else values.contiguous(), persistent=True)
         tiles = structure._predicted_tiles(self.shape) if blocks is None else _read_tiles(blocks, self.shape)
         self.layout = BlockLayout(tiles or [])
         self._make_indices()
@@ -633,7 +679,14 @@ class HierarchicalMatrix(StructuredMatrix):
         }
         device = next((tensor.device for tensor in self.state_dict().values()), None)
         for name, index in indices.items():
-            self.register_buffer(name, None if index is None else index.to(device), persistent=False)
+            self._keep(name, None if index is None else index.to(device), persistent=False)
+
+    def _keep(self, name: str, tensor: Tensor | None, *, persistent: bool) -> None:
+        """Registers a buffer; an absent one is a plain None: torch.export miscounts registered ones."""
+        if tensor is None:
+            setattr(self, name, None)
+        else:
+            self.register_buffer(name, tensor, persistent=persistent)
 
     @property
     def tiles(self) -> list[Tile]:
@@ -655,7 +708,7 @@ class HierarchicalMatrix(StructuredMatrix):
     def forward(self, x: Tensor) -> Tensor:
         checks.last_dimension(x, self.inputs)
         vectors = x.reshape(-1, self.inputs)
-        layout, batch = self.layout, len(vectors)
+        layout, batch = self.layout, vectors.shape[0]  # not len(), which exporters take for a constant
         if self.gather_index is not None:
             vectors = vectors.index_select(1, self.gather_index)
         pieces: list[Tensor] = []
