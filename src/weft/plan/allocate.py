@@ -80,8 +80,10 @@ def allocate(
     knapsack = _Knapsack(survey, curves, rest, limits)
     choices = [knapsack.uniform()]
     if method == "lagrangian":
-        choices = [knapsack.give_back(choice) for choice in (*knapsack.priced(), *choices)]
-    choices = [choice for choice in choices if knapsack.fits(choice)]
+        choices += knapsack.priced()
+    choices = [choice for choice in map(knapsack.repair, choices) if knapsack.fits(choice)]
+    if method == "lagrangian":
+        choices = [knapsack.give_back(choice) for choice in choices]
     if not choices:
         got = ", ".join(f"{name} {limit}" for name, limit in limits.items())
         remedy = "raise one of the limits, or allow more families"
@@ -170,8 +172,7 @@ class _Knapsack:
         weights = np.ones(len(self.limits))
         for _ in range(_PRICE_ROUNDS if len(weights) > 1 else 1):
             choice = self._at_lowest_price(weights / self.limits)
-            if self.fits(choice):
-                found.append(choice)
+            found.append(choice)
             # The limit that is nearest to being broken gains in price, one with slack loses.
             used = self.costs[choice].sum(0) / np.maximum(self.room, 1)
             weights *= np.exp(_PRICE_STEP * np.clip(used - used.max(), -1, 0))
@@ -193,6 +194,19 @@ class _Knapsack:
             else:
                 low = middle
         return best
+
+    def repair(self, choice: Choice) -> Choice:
+        """Brings a choice nearer to limits that it breaks: the exchange that mends most, while one does."""
+        choice = choice.copy()
+        while not self.fits(choice):
+            totals = self.costs[choice].sum(0)
+            exchanged = totals + self.costs - self.costs[choice[self.layer]]
+            excess = (np.maximum(exchanged - self.room, 0) / self.limits).sum(1)
+            index = int(np.argmin(excess))
+            if excess[index] >= (np.maximum(totals - self.room, 0) / self.limits).sum():
+                break
+            choice[self.layer[index]] = index
+        return choice
 
     def give_back(self, choice: Choice) -> Choice:
         """Spends what is left over: the exchange that gains most per cost, as long as one fits."""

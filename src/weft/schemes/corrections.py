@@ -38,10 +38,16 @@ def correct_batch_norm(
 ) -> int:
     """Corrects batch-norm statistics by what compression did to their inputs.
 
-    The running statistics are not re-estimated from the few calibration data, but corrected by the difference
-    between both networks on the same data, mean' = mean + (m − m₀) and variance' = variance · v / v₀, so that
-    a layer whose input did not change keeps its statistics, and sampling noise cancels. Every batch runs with
-    its own correction, so that later layers see inputs that are corrected already.
+    The running statistics are not re-estimated from the few calibration data, but moved by the difference
+    between both networks on the same data, so that a layer whose input did not change keeps its statistics,
+    and sampling noise cancels. With means m and m₀ and variances v and v₀ of compressed and dense network,
+
+        variance' = variance · r,   mean' = m + √r (mean − m₀),   r = √(v / v₀).
+
+    A fit leaves out variance. To restore all of it (r = v / v₀) amplifies what the fit got wrong, to restore
+    none is best for one layer alone but lets signals fade with depth; on ResNet-20 the geometric mean of the
+    two was better than either (0.64, 0.60 and 0.58 at 0.35 of the parameters). Every batch runs with its own
+    correction, so that later layers see inputs that are corrected already.
 
     Args:
         model: the compressed network, changed in place.
@@ -125,7 +131,9 @@ def _put(
     module: Any, before: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
 ) -> None:
     mean, variance = before
-    module.running_mean.copy_(mean + (own[0] - other[0]))
     # A channel that is constant on the calibration data says nothing about its scale.
-    ratio = torch.where(other[1] > module.eps, own[1] / other[1].clamp_min(module.eps), 1.0)
+    known = (other[1] > module.eps) & (own[1] > 0)
+    ratio = torch.where(known, own[1] / other[1].clamp_min(module.eps), 1.0).sqrt()
+    scale = ratio.sqrt()
+    module.running_mean.copy_(scale * mean + (own[0] - scale * other[0]))  # exact where nothing changed
     module.running_var.copy_(variance * ratio)

@@ -49,6 +49,8 @@ class FineTune:
         checks.integer_between("epochs", self.epochs, 1, None)
         checks.positive("learning_rate", self.learning_rate)
         checks.positive("temperature", self.temperature)
+        if not self.weight_decay >= 0:
+            raise ValueError(checks.fault("weight_decay", "at least 0", self.weight_decay, "use 0 for none"))
         checks.share("label_share", self.label_share, zero_allowed=True)
 
     def run(
