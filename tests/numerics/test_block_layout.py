@@ -56,21 +56,26 @@ def test_clusters_of_equal_shape_share_one_batch():
     assert not layout.dense_stacks
 
 
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("batch", [0, 1, 5])
-def test_batched_products_are_those_of_each_cluster(batch):
+def test_batched_products_are_those_of_each_cluster(batch, axis):
     layout, values = BlockLayout(TILES), random_values()
     packed = layout.pack(values)
     x = torch.randn(batch, 11, generator=torch.Generator().manual_seed(1))
+
+    def products(stacks, name, entries):
+        given = entries if axis else entries.T
+        return [part if axis else part.T for part in batched_products(stacks, packed[name], given, axis)]
+
     positions = torch.cat([stack.positions() for stack in layout.right_stacks])
-    hidden = torch.cat(batched_products(layout.right_stacks, packed["right"], x[:, positions]), 1)
+    hidden = torch.cat(products(layout.right_stacks, "right", x[:, positions]), 1)
     assert hidden.shape == (batch, layout.inner_size)
     for index, start in layout.inner_start.items():
         tile, value = TILES[index], values[index]
         torch.testing.assert_close(hidden[:, start : start + tile.rank], x[:, tile.columns] @ value.right.T)
-    gathered = hidden[:, layout.inner_order()]
     total = torch.zeros(batch, 10)
-    pieces = batched_products(layout.left_stacks, packed["left"], gathered)
-    pieces += batched_products(layout.dense_stacks, packed["dense"], x[:, layout.dense_order()])
+    pieces = products(layout.left_stacks, "left", hidden[:, layout.inner_order()])
+    pieces += products(layout.dense_stacks, "dense", x[:, layout.dense_order()])
     for stack, piece in zip((*layout.left_stacks, *layout.dense_stacks), pieces, strict=True):
         total.index_add_(1, stack.positions(), piece)
     dense = torch.zeros(10, 11)

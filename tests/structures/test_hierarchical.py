@@ -293,6 +293,22 @@ def test_odd_shapes_and_large_leaves_work(shape):
         torch.testing.assert_close(member(x), x @ member.to_dense().T, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [2, 31, 32, 60])
+def test_small_and_large_batches_give_the_same_products_and_gradients(batch):
+    structure = Hierarchical(tolerance=0.3, leaf_size=5, admissibility="adaptive", clustering="principal")
+    member = structure.fit(spectral_decay(40, 48))
+    x = torch.randn(
+        batch, 48, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    ).requires_grad_()
+    dense = member.to_dense()
+    outputs = member(x), x @ dense.T
+    got, expected = (
+        torch.autograd.grad(output.square().sum(), [x, *member.parameters()]) for output in outputs
+    )
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(got, expected)
+
+
 def test_integers_are_stored_in_two_bytes_and_only_where_needed():
     matrix = spectral_decay(40, 48).float()
     fixed = Hierarchical(rank=2, leaf_size=10).fit(matrix)

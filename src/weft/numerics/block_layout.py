@@ -237,23 +237,29 @@ def batches(stacks: Sequence[Stack], flat: Tensor | None) -> list[tuple[Stack, T
     ]
 
 
-def batched_products(stacks: Sequence[Stack], flat: Tensor, vectors: Tensor) -> list[Tensor]:
+def batched_products(stacks: Sequence[Stack], flat: Tensor, vectors: Tensor, axis: int) -> list[Tensor]:
     """Applies stacks to consecutive parts of vectors, one batched product each.
 
     Args:
         stacks: The stacks.
         flat: Their numbers.
-        vectors: Shape (batch, sum of the stacks' inputs over all clusters).
+        vectors: The vectors side by side: their entries, as many as the stacks' inputs over all clusters,
+            run along `axis`, and the batch along the other one.
+        axis: 1 for vectors as rows, best for a few, or 0 for vectors as columns, best for many.
 
     Returns:
-        For each stack the products, shape (batch, count · outputs).
+        For each stack the products, count · outputs entries along `axis`.
     """
-    batch = vectors.shape[0]  # not len(), which exporters take for a constant
-    parts = vectors.split([stack.count * stack.inputs for stack in stacks], dim=1)
+    parts = vectors.split([stack.count * stack.inputs for stack in stacks], dim=axis)
     products = []
     for (stack, matrices), part in zip(batches(stacks, flat), parts, strict=True):
-        product = torch.bmm(part.reshape(batch, stack.count, stack.inputs).transpose(0, 1), matrices)
-        products.append(product.transpose(0, 1).reshape(batch, stack.count * stack.outputs))
+        if axis:
+            batch = len(part)
+            product = torch.bmm(part.reshape(batch, stack.count, stack.inputs).transpose(0, 1), matrices)
+            products.append(product.transpose(0, 1).reshape(batch, stack.count * stack.outputs))
+        else:
+            columns = part.reshape(stack.count, stack.inputs, part.shape[1])
+            products.append(torch.bmm(matrices.mT, columns).flatten(0, 1))
     return products
 
 

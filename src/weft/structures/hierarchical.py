@@ -491,6 +491,8 @@ class Hierarchical(Structure):
 
 
 _PLAIN = Norm()
+# From this batch size on the product runs on vectors as columns.
+_MANY = 32
 
 
 class _Problem:
@@ -708,27 +710,36 @@ class HierarchicalMatrix(StructuredMatrix):
     def forward(self, x: Tensor) -> Tensor:
         checks.last_dimension(x, self.inputs)
         vectors = x.reshape(-1, self.inputs)
-        layout, batch = self.layout, vectors.shape[0]  # not len(), which exporters take for a constant
+        layout, batch = self.layout, len(vectors)
+        # A branch on the batch size would tie a compiled or exported graph to it.
+        many = not torch.compiler.is_compiling() and batch >= _MANY
+        axis = 0 if many else 1
+        if many:
+            vectors = vectors.T
         if self.gather_index is not None:
-            vectors = vectors.index_select(1, self.gather_index)
+            vectors = vectors.index_select(axis, self.gather_index)
         pieces: list[Tensor] = []
+        taken = sum(stack.count * stack.inputs for stack in layout.right_stacks)
         if self.left is not None and self.right is not None:
-            taken = sum(stack.count * stack.inputs for stack in layout.right_stacks)
-            hidden = batched_products(layout.right_stacks, self.right, vectors[:, :taken])
-            inner = hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1)
+            part = vectors.narrow(axis, 0, taken)
+            hidden = batched_products(layout.right_stacks, self.right, part, axis)
+            inner = hidden[0] if len(hidden) == 1 else torch.cat(hidden, axis)
             if self.inner_index is not None:
-                inner = inner.index_select(1, self.inner_index)
-            pieces += batched_products(layout.left_stacks, self.left, inner)
-            vectors = vectors[:, taken:]
+                inner = inner.index_select(axis, self.inner_index)
+            pieces += batched_products(layout.left_stacks, self.left, inner, axis)
         if self.dense is not None:
-            pieces += batched_products(layout.dense_stacks, self.dense, vectors)
+            part = vectors.narrow(axis, taken, vectors.shape[axis] - taken)
+            pieces += batched_products(layout.dense_stacks, self.dense, part, axis)
         if not pieces:  # every block is zero
             return x.new_zeros(*x.shape[:-1], self.outputs)
-        result = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        result = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
         if self.scatter_index is not None:
-            result = result.new_zeros(batch, self.outputs).index_add(1, self.scatter_index, result)
+            size = (self.outputs, batch) if many else (batch, self.outputs)
+            result = result.new_zeros(size).index_add(axis, self.scatter_index, result)
         elif self.fetch_index is not None:
-            result = result.index_select(1, self.fetch_index)
+            result = result.index_select(axis, self.fetch_index)
+        if many:
+            result = result.T.contiguous()
         return result.reshape(*x.shape[:-1], self.outputs)
 
     def to_dense(self) -> Tensor:
