@@ -61,7 +61,13 @@ BudgetText = Annotated[
         "--budget", help="Limits, e.g. bytes=0.25 or parameters=0.2,multiply_adds=0.5; shares or numbers."
     ),
 ]
-FamilyNames = Annotated[str, typer.Option("--families", help="all, or names separated by commas.")]
+FamilyNames = Annotated[
+    str,
+    typer.Option(
+        "--families",
+        help="Names separated by commas, or all (minutes per million parameters); see weft families.",
+    ),
+]
 Method = Annotated[str, typer.Option("--method", help=f"How the budget is divided: {' or '.join(METHODS)}.")]
 Smallfile = Annotated[Path, typer.Argument(metavar="FILE", help="A network that weft saved (.safetensors).")]
 Dense = Annotated[
@@ -106,7 +112,7 @@ def plan_command(
     survey_file: Annotated[Path, typer.Argument(metavar="SURVEY", help="What weft survey wrote.")],
     budget: BudgetText,
     output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")] = Path("plan.json"),
-    chosen: FamilyNames = "all",
+    chosen: FamilyNames = "LowRank",
     method: Method = "lagrangian",
 ) -> None:
     """Chooses a structure for every layer under a budget; the JSON may be edited by hand."""
@@ -141,7 +147,7 @@ def compress_command(
     budget: Annotated[
         str | None, typer.Option("--budget", help="With MODEL: limits, e.g. bytes=0.25.")
     ] = None,
-    chosen: FamilyNames = "all",
+    chosen: FamilyNames = "LowRank",
     method: Method = "lagrangian",
     samples: Samples = 1024,
     batch_size: BatchSize = 64,

@@ -74,7 +74,7 @@ def demonstrate(
     for name, structure in plan.items():
         say(f"  layer {name:>2} {found.layers[name].shape!s:>16} -> {structure}")
     small, fits = compress(dense, plan, found, batches=digits.inputs("calibration"), shown=shown)
-    small, steps = fine_tune(small, training, teacher=dense, epochs=3, shown=shown)
+    small, steps = fine_tune(small, training, teacher=dense, epochs=3, learning_rate=1e-4, shown=shown)
     small.eval()
 
     report = measure(small, against=dense, data=held_out, shown=shown)

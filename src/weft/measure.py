@@ -1,5 +1,6 @@
 """Measuring a network: its metric, its cost, its latency; dense and compressed side by side."""
 
+import importlib.metadata
 import inspect
 import math
 import os
@@ -75,6 +76,22 @@ class inputs:  # noqa: N801  (reads as a function: weft.inputs(loader))
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]
+
+
+def check_repeatable(argument: str, batches: Iterable[Any]) -> None:
+    """Checks that batches can be iterated more than once.
+
+    Args:
+        argument: the argument's name.
+        batches: what came.
+
+    Raises:
+        TypeError: they are an iterator, which is used up after one pass.
+    """
+    if iter(batches) is batches:
+        remedy = "pass a list or a DataLoader"
+        got = type(batches).__name__
+        raise TypeError(checks.fault(argument, "iterable more than once", got, remedy))
 
 
 def batch_size(batch: Batch) -> int:
@@ -558,6 +575,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        "weft": importlib.metadata.version("weft"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "kernels": route(),
@@ -642,7 +660,8 @@ def layer_rows(model: nn.Module) -> list[LayerRow]:
         width = next((tensor.element_size() for tensor in matrix.parameters()), 4)
         dense = Cost(count, count * width, count)
         picture = [asdict(block) for block in matrix.picture()]
-        rows.append(LayerRow(name, str(matrix.structure), matrix.shape, dense, matrix.cost(), picture))
+        cost = matrix.cost(geometry_of_layer(module))  # without an input size: per output position
+        rows.append(LayerRow(name, str(matrix.structure), matrix.shape, dense, cost, picture))
     return rows
 
 
@@ -663,7 +682,7 @@ def side_by_side(
     Args:
         small: the compressed network.
         against: the dense one.
-        data: held-out batches of (inputs, labels); can be iterated several times.
+        data: held-out batches of (inputs, labels), not an iterator that is used up after one pass.
         metric: takes a model and the data, larger is better; top-1 accuracy where None.
         metric_name: its name in tables; the function's own where None.
         batches: batch sizes for the latency.
@@ -675,12 +694,9 @@ def side_by_side(
         The measurement.
 
     Raises:
-        TypeError: the data are a one-shot iterator.
         ValueError: the data are empty.
     """
-    if iter(data) is data:
-        remedy = "pass a list or a DataLoader"
-        raise TypeError(checks.fault("data", "iterable more than once", type(data).__name__, remedy))
+    check_repeatable("data", data)
     first = next((batch for batch in data if batch_size(batch)), None)
     if first is None:
         raise ValueError(checks.fault("data", "not empty", "no samples", "pass at least one batch"))

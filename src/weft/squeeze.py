@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from weft.measure import inputs
+from weft.measure import check_repeatable, inputs
 from weft.plan.allocate import allocate
 from weft.plan.budget import Budget
 from weft.report.report import Report, measure
@@ -21,7 +21,7 @@ def squeeze(
     data: Iterable[Any],
     *,
     held_out: Iterable[Any] | None = None,
-    families: str | Iterable[str | type[Structure]] = "all",
+    families: str | Iterable[str | type[Structure]] = "LowRank",
     epochs: int = 0,
     learning_rate: float = 1e-3,
     shown: bool | None = None,
@@ -31,10 +31,11 @@ def squeeze(
 
     Args:
         model: the dense network; it is not changed.
-        data: (inputs, labels) batches that can be iterated several times: calibration, training, and, without
-            `held_out`, the reported metric.
+        data: (inputs, labels) batches that can be iterated several times (else a TypeError): calibration,
+            training, and, without `held_out`, the reported metric.
         held_out: (inputs, labels) batches for the report.
-        families: "all", names, or classes.
+        families: "all", names, or classes. Low rank gives its whole error curve from one factorisation; other
+            families fit every size of every layer, which takes minutes per million parameters.
         epochs: passes of fine-tuning over `data` with the dense network as teacher; 0 for none.
         learning_rate: of the fine-tuning.
         shown: whether to draw progress bars; where None, only on a terminal.
@@ -58,6 +59,9 @@ def squeeze(
     if unknown:
         raise TypeError(f"squeeze() got an unexpected keyword argument {unknown[0]!r}")
     limits = Budget(**budget)
+    for argument, batches in (("data", data), ("held_out", held_out)):
+        if batches is not None:
+            check_repeatable(argument, batches)
     found = survey(model, inputs(data), shown=shown)
     plan = allocate(found, families, limits, shown=shown)
     small, _ = compress(model, plan, found, batches=inputs(data), shown=shown)

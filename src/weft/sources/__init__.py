@@ -5,4 +5,13 @@ from weft.sources.models import load_architecture, load_model, load_weights, rea
 from weft.sources.rebuild import load
 from weft.sources.reference import Reference
 
-__all__ = ["Data", "Reference", "load", "load_architecture", "load_data", "load_model", "load_weights", "read_tensors"]
+__all__ = [
+    "Data",
+    "Reference",
+    "load",
+    "load_architecture",
+    "load_data",
+    "load_model",
+    "load_weights",
+    "read_tensors",
+]
