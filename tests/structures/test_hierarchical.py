@@ -309,6 +309,17 @@ def test_small_and_large_batches_give_the_same_products_and_gradients(batch):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("admissibility", ["weak", "uniform", "adaptive"])
+def test_an_exported_program_takes_any_batch(admissibility):
+    structure = Hierarchical(tolerance=0.5, leaf_size=6, admissibility=admissibility, clustering="principal")
+    member = structure.fit(spectral_decay(30, 40).float())
+    sizes = {"x": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(member, (torch.randn(3, 40),), dynamic_shapes=sizes)
+    for batch in (1, 7, 50):
+        x = torch.randn(batch, 40, generator=torch.Generator().manual_seed(6))
+        torch.testing.assert_close(program.module()(x), member(x), rtol=1e-4, atol=1e-5)
+
+
 def test_integers_are_stored_in_two_bytes_and_only_where_needed():
     matrix = spectral_decay(40, 48).float()
     fixed = Hierarchical(rank=2, leaf_size=10).fit(matrix)

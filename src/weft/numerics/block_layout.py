@@ -254,7 +254,7 @@ def batched_products(stacks: Sequence[Stack], flat: Tensor, vectors: Tensor, axi
     products = []
     for (stack, matrices), part in zip(batches(stacks, flat), parts, strict=True):
         if axis:
-            batch = len(part)
+            batch = part.shape[0]
             product = torch.bmm(part.reshape(batch, stack.count, stack.inputs).transpose(0, 1), matrices)
             products.append(product.transpose(0, 1).reshape(batch, stack.count * stack.outputs))
         else:

@@ -710,7 +710,7 @@ class HierarchicalMatrix(StructuredMatrix):
     def forward(self, x: Tensor) -> Tensor:
         checks.last_dimension(x, self.inputs)
         vectors = x.reshape(-1, self.inputs)
-        layout, batch = self.layout, len(vectors)
+        layout, batch = self.layout, vectors.shape[0]  # len would fix the size in an export
         # A branch on the batch size would tie a compiled or exported graph to it.
         many = not torch.compiler.is_compiling() and batch >= _MANY
         axis = 0 if many else 1
