@@ -144,7 +144,7 @@ def test_training_lowers_the_loss_and_leaves_the_support() -> None:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
     assert torch.equal(member.columns, columns)
 

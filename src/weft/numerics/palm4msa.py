@@ -24,6 +24,7 @@ Source: Le Magoarou and Gribonval, "Flexible multilayer sparse approximations of
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ __all__ = [
 Metric = Tensor | None
 
 # Below this density a product gathers the sparse factor's entries; beyond it the dense one measures faster.
-_SPARSE_DENSITY = 0.06
+_SPARSE_DENSITY = 0.2
+_SMALLEST_SPARSE = 1 << 14
 # Below this share of ‖W‖² the expanded objective is rounding noise, and the residual is formed.
 _CANCELLATION = 1e-3
 # Steps of the power iteration, cold and warm from the vector of the sweep before.
@@ -139,26 +141,77 @@ def multiply(sparse: Tensor, dense: Tensor) -> Tensor:
     Returns:
         Shape (rows, columns).
     """
-    # In double precision the gathering sum is not vectorised, and the dense product wins at any density.
-    if sparse.dtype != torch.float32 or sparse.numel() < 1 << 14:
-        return sparse @ dense
-    rows, columns = sparse.nonzero(as_tuple=True)
-    if len(rows) > _SPARSE_DENSITY * sparse.numel():
-        return sparse @ dense
-    offsets = functional.pad(torch.bincount(rows, minlength=len(sparse)).cumsum(0), (1, 0))[:-1]
+    return _Factor(sparse).times(dense)
+
+
+class _Factor:
+    """A matrix of many zeros whose entries are found once, for products with it and with its transpose."""
+
+    def __init__(self, dense: Tensor) -> None:
+        self.dense = dense
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor] | None:
+        """Rows and columns of the entries, row by row; None where the dense product is the faster one."""
+        # In double precision the gathering sum is not vectorised, and the dense product wins at any density.
+        if self.dense.dtype != torch.float32 or self.dense.numel() < _SMALLEST_SPARSE:
+            return None
+        # In one dimension and on a mask `nonzero` is several times as fast.
+        places = (self.dense != 0).flatten().nonzero().flatten()
+        if len(places) > _SPARSE_DENSITY * self.dense.numel():
+            return None
+        columns = self.dense.shape[1]
+        return places // columns, places % columns
+
+    @cached_property
+    def _by_rows(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self._places is None:
+            return None
+        rows, columns = self._places
+        return columns, self.dense[rows, columns], _starts(rows, len(self.dense))
+
+    @cached_property
+    def _by_columns(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self._places is None:
+            return None
+        rows, columns = self._places
+        order = columns.argsort(stable=True)
+        rows, columns = rows[order], columns[order]
+        return rows, self.dense[rows, columns], _starts(columns, self.dense.shape[1])
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """S X."""
+        return self.dense @ matrix if self._by_rows is None else _sum_of_rows(matrix, *self._by_rows)
+
+    def transposed_times(self, matrix: Tensor) -> Tensor:
+        """Sᵀ X."""
+        return self.dense.T @ matrix if self._by_columns is None else _sum_of_rows(matrix, *self._by_columns)
+
+    def right_times(self, matrix: Tensor) -> Tensor:
+        """X S."""
+        return matrix @ self.dense if self._places is None else self.transposed_times(matrix.T).T.contiguous()
+
+    def right_transposed_times(self, matrix: Tensor) -> Tensor:
+        """X Sᵀ."""
+        return matrix @ self.dense.T if self._places is None else self.times(matrix.T).T.contiguous()
+
+
+def _starts(sorted_rows: Tensor, count: int) -> Tensor:
+    """Where each row's entries begin."""
+    lengths = torch.bincount(sorted_rows, minlength=count)
+    return lengths.cumsum(0) - lengths
+
+
+def _sum_of_rows(matrix: Tensor, indices: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+    """Rows of X by index, weighted and added from each start to the next."""
     return functional.embedding_bag(
-        columns, dense.contiguous(), offsets, mode="sum", per_sample_weights=sparse[rows, columns]
+        indices, matrix.contiguous(), starts, mode="sum", per_sample_weights=values
     )
 
 
-def _multiply_right(dense: Tensor, sparse: Tensor) -> Tensor:
-    """X S for a matrix S of many zeros."""
-    return multiply(sparse.T, dense.T).T
-
-
 def _inner(a: Tensor, b: Tensor) -> float:
-    """⟨a, b⟩, accumulated in float64: objectives are differences of such sums."""
-    return float((a * b).sum(dtype=torch.float64))
+    """⟨a, b⟩, rows accumulated in float64: objectives are differences of such sums."""
+    return float((a * b).sum(-1).sum(dtype=torch.float64))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -179,15 +232,23 @@ def _columns_metric(matrix: Tensor, metric: Metric) -> Tensor:
     return matrix * metric if metric.ndim == 1 else matrix @ metric
 
 
-def _congruence(factor: Tensor, metric: Metric) -> Tensor:
+def _congruence(factor: _Factor, metric: Metric) -> Tensor:
     """S B Sᵀ, symmetric to the last bit."""
-    if metric is None:
-        right = factor.T
-    elif metric.ndim == 1:
-        right = metric[:, None] * factor.T
-    else:
-        right = multiply(factor, metric).T
-    product = multiply(factor, right)
+    right = (
+        _columns_metric(factor.dense, metric) if metric is None or metric.ndim == 1 else factor.times(metric)
+    )
+    product = factor.times(right.T)
+    return (product + product.T) / 2
+
+
+def _transposed_congruence(factor: _Factor, metric: Metric) -> Tensor:
+    """Sᵀ A S, symmetric to the last bit."""
+    left = (
+        _rows_metric(metric, factor.dense)
+        if metric is None or metric.ndim == 1
+        else factor.right_times(metric)
+    )
+    product = factor.transposed_times(left)
     return (product + product.T) / 2
 
 
@@ -238,11 +299,15 @@ class _Quadratic:
 
     def apply(self, factor: Tensor) -> Tensor:
         """A S B, with S of many zeros."""
+        return self.apply_factor(_Factor(factor))
+
+    def apply_factor(self, factor: _Factor) -> Tensor:
+        """A S B, with S of many zeros whose entries may be known already."""
         if self.right is not None and self.right.ndim == 2:
-            return _rows_metric(self.left, multiply(factor, self.right))
+            return _rows_metric(self.left, factor.times(self.right))
         if self.left is not None and self.left.ndim == 2:
-            return _columns_metric(_multiply_right(self.left, factor), self.right)
-        return _columns_metric(_rows_metric(self.left, factor), self.right)
+            return _columns_metric(factor.right_times(self.left), self.right)
+        return _columns_metric(_rows_metric(self.left, factor.dense), self.right)
 
     def value(self, factor: Tensor, image: Tensor | None = None) -> float:
         """⟨S, A S B − 2T⟩."""
@@ -319,7 +384,7 @@ class _LipschitzStep:
         if constant <= 0:
             return factor
         gradient = quadratic.apply(factor) - quadratic.target
-        factor = factor - gradient / (_STEP_MARGIN * constant)
+        factor = torch.add(factor, gradient, alpha=-1 / (_STEP_MARGIN * constant))
         return factor * largest_entries(factor, self.sparsity[index])
 
 
@@ -458,29 +523,30 @@ def _relative(square: float, size: float) -> float:
 
 def _sweep(problem: _Problem, scale: float, factors: list[Tensor], solve: _Solver) -> tuple[float, float]:
     """Updates every factor once, from the left to the right, in place; returns λ and the relative error."""
+    known = [_Factor(factor) for factor in factors]
     suffixes: list[Metric] = [problem.right]  # RĜRᵀ
-    for factor in reversed(factors[1:]):
+    for factor in reversed(known[1:]):
         suffixes.append(_congruence(factor, suffixes[-1]))
     suffixes.reverse()
     prefix, moment = problem.left, problem.weighted  # LᵀHL and LᵀHWĜ
     square = problem.size
     for index, suffix in enumerate(suffixes):
         target = moment
-        for factor in reversed(factors[index + 1 :]):
-            target = multiply(factor, target.T).T
+        for factor in reversed(known[index + 1 :]):
+            target = factor.right_transposed_times(target)
         quadratic = _Quadratic(prefix, suffix, target)
         scaled = solve(index, quadratic, scale * factors[index])
         norm = float(scaled.norm())
         if norm > 0 and math.isfinite(norm):
             # λ takes the factor's norm, so that normalising changes nothing in the product.
             scale, factors[index] = norm, scaled / norm
+        factor = _Factor(factors[index])
         if index < len(factors) - 1:
-            transposed = factors[index].T
-            prefix, moment = _congruence(transposed, prefix), multiply(transposed, moment)
+            prefix, moment = _transposed_congruence(factor, prefix), factor.transposed_times(moment)
         else:
             # Fig. 4, line 9: λ = ⟨W, Ŝ⟩ / ⟨Ŝ, Ŝ⟩ for the product Ŝ of the normalised factors.
-            image = quadratic.apply(factors[index])
-            along, curvature = _inner(factors[index], target), _inner(factors[index], image)
+            image = quadratic.apply_factor(factor)
+            along, curvature = _inner(factor.dense, target), _inner(factor.dense, image)
             if curvature > 0:
                 scale = along / curvature
             square = problem.size - 2 * scale * along + scale * scale * curvature
@@ -616,9 +682,9 @@ def refit(
     *,
     input_metric: Metric = None,
     output_metric: Metric = None,
-    sweeps: int = 20,
+    sweeps: int = 10,
     steps: int = 10,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-4,
 ) -> SparseFactorisation:
     """Improves the values on the supports that the factors have: least squares in one factor after the other.
 
