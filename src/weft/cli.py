@@ -449,9 +449,11 @@ def _text(path: Path | None) -> str:
 
 
 def _print_survey(found: Survey) -> None:
-    table = Table(title=f"{len(found.layers)} weights can be replaced", title_justify="left")
+    table = Table(
+        title=f"{len(found.layers)} weights can be replaced", title_justify="left", padding=(0, 0, 0, 1)
+    )
     table.add_column("layer", overflow="fold")
-    for heading in ("shape", "parameters", "of bytes", "multiply-adds", "of multiply-adds"):
+    for heading in ("shape", "parameters", "of bytes", "multiply-adds", "of all"):
         table.add_column(heading, justify="right")
     total = found.total
     for layer in found.layers.values():
@@ -472,10 +474,10 @@ def _print_survey(found: Survey) -> None:
 
 
 def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = None) -> None:
-    table = Table(title="plan", title_justify="left")
+    table = Table(title="plan", title_justify="left", padding=(0, 0, 0, 1))
     table.add_column("layer", overflow="fold")
-    table.add_column("structure", overflow="fold")
-    for heading in ("shape", "parameters", "of dense", "error"):
+    table.add_column("structure", overflow="fold", min_width=16)
+    for heading in ("shape", "parameters", "share", "error"):
         table.add_column(heading, justify="right")
     measured = {entry["layer"]: entry for entry in log or []}
     for name, structure in plan.items():

@@ -1,0 +1,170 @@
+"""The families of the papers at the same size: errors and accuracy, plain and weighted.
+
+    python experiments/three_families.py
+
+On the MobileNetV2 classifier (1000×1280) at 10, 20 and 40 % of the parameters: every family is fitted plainly
+and with the input Gram of the unlabelled calibration features (f_sample), and evaluated on f_val. Prints one
+table and writes experiments/results/three_families.json. Skips with a message where the data are absent.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accuracy_by_rank import commit
+from data import shared_file
+from rich.console import Console
+from rich.table import Table
+
+import weft
+from weft.measure import accuracy, environment
+from weft.sources import load_data, load_model
+from weft.storage import write_text
+from weft.structures.base import Structure, matrix_shape, relative_error
+from weft.structures.hierarchical import Hierarchical
+from weft.structures.low_rank import LowRank
+from weft.structures.semiseparable import SequentiallySemiseparable
+from weft.structures.sparse_product import SparseProduct
+from weft.survey import LayerSurvey
+
+HERE = Path(__file__).parent
+SHARES = (0.1, 0.2, 0.4)
+
+
+def low_rank(layer: LayerSurvey, parameters: int) -> Structure:
+    """The largest rank within the parameters."""
+    return LowRank(parameters // sum(matrix_shape(layer.shape)))
+
+
+def hierarchical(layer: LayerSurvey, parameters: int) -> Structure:
+    """Of all candidates within the parameters the one that approximates the weight best without data."""
+    by_layout: dict[tuple[object, ...], Hierarchical] = {}
+    for candidate in Hierarchical.candidates(layer.shape):
+        if (candidate.parameter_count(layer.shape) or math.inf) <= parameters:
+            by_layout[candidate.admissibility, candidate.leaf_size] = candidate  # candidates grow
+    grown = [largest(candidate, layer, parameters) for candidate in by_layout.values()]
+    return min(
+        grown, key=lambda structure: relative_error(layer.weight, structure.fit(layer.weight).to_dense())
+    )
+
+
+def largest(structure: Hierarchical, layer: LayerSurvey, parameters: int) -> Hierarchical:
+    """The same layout with the largest rank within the parameters."""
+    rank = structure.rank or 1
+    while True:
+        dearer = Hierarchical(
+            rank=rank + 1, leaf_size=structure.leaf_size, admissibility=structure.admissibility
+        )
+        if (dearer.parameter_count(layer.shape) or math.inf) > parameters:
+            return Hierarchical(
+                rank=rank, leaf_size=structure.leaf_size, admissibility=structure.admissibility
+            )
+        rank += 1
+
+
+def semiseparable(layer: LayerSurvey, parameters: int) -> Structure:
+    """The family's own search over stages and state dimension."""
+    return SequentiallySemiseparable.search(layer.weight, parameters)
+
+
+def sparse_product(layer: LayerSurvey, parameters: int) -> Structure:
+    """Two factors; the largest sparsity whose fit, of K to 2K entries per row, stays within the parameters."""
+    low, high = 1, parameters // (2 * max(matrix_shape(layer.shape))) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        counted = SparseProduct(2, middle).fit(layer.weight).cost().parameters
+        low, high = (middle, high) if counted <= parameters else (low, middle)
+    return SparseProduct(2, low)
+
+
+FAMILIES: dict[str, Callable[[LayerSurvey, int], Structure]] = {
+    "LowRank": low_rank,
+    "Hierarchical": hierarchical,
+    "SequentiallySemiseparable": semiseparable,
+    "SparseProduct": sparse_product,
+}
+
+
+def run() -> list[dict[str, object]]:
+    """Fits every family at every share.
+
+    Returns:
+        JSON-ready rows.
+    """
+    shared_file("imagenet_features/mobilenet_v2.npz")
+    model = load_model(f"{HERE / 'models.py'}:mobilenet_v2_classifier")
+    data = load_data(f"{HERE / 'data.py'}:imagenet_features")
+    held_out = list(data.batches("test", batch_size=1300))
+    plain = weft.survey(model)
+    weighted = weft.survey(model, data.inputs("calibration", limit=1000))
+    layer = weighted.layers[""]
+    rows: list[dict[str, object]] = []
+    for share in SHARES:
+        for name, choose in FAMILIES.items():
+            structure = choose(plain.layers[""], int(share * layer.weight.numel()))
+            row: dict[str, object] = {"share": share, "family": name, "structure": str(structure)}
+            for variant, survey in (("plain", plain), ("weighted", weighted)):
+                start = time.perf_counter()
+                small, log = weft.compress(model, {"": structure}, survey)
+                row[f"{variant}_seconds"] = time.perf_counter() - start
+                dense = small.matrix.to_dense()
+                row[f"{variant}_parameters"] = log[0]["parameters"]
+                row[f"{variant}_error"] = relative_error(layer.weight, dense)
+                row[f"{variant}_weighted_error"] = relative_error(
+                    layer.weight, dense, input_gram=layer.input_gram
+                )
+                row[f"{variant}_accuracy"] = accuracy(small, held_out)
+            row["ratio"] = row["weighted_weighted_error"] / row["plain_weighted_error"]
+            rows.append(row)
+            top = f"{row['plain_accuracy']:.4f} -> {row['weighted_accuracy']:.4f}"
+            print(f"{share:.0%} {structure}: {top}", flush=True)
+    return rows
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    torch.manual_seed(0)
+    try:
+        rows = run()
+    except FileNotFoundError as error:
+        print(f"skipped: {error}")
+        sys.exit(0)
+    table = Table(title="MobileNetV2 classifier, f_val; plain -> weighted", title_justify="left")
+    for heading in ("share", "structure", "parameters", "error", "weighted error", "ratio", "top-1"):
+        table.add_column(heading, justify="left" if heading == "structure" else "right", overflow="fold")
+    for row in rows:
+        pairs = [
+            f"{row[f'plain_{key}']:.3f} -> {row[f'weighted_{key}']:.3f}"
+            for key in ("error", "weighted_error", "accuracy")
+        ]
+        counts = f"{row['plain_parameters']:,}"
+        table.add_row(
+            f"{row['share']:.0%}",
+            row["structure"],
+            counts,
+            pairs[0],
+            pairs[1],
+            f"{row['ratio']:.3f}",
+            pairs[2],
+        )
+    Console(width=150).print(table)
+    record = {
+        "rows": rows,
+        "command": "python experiments/three_families.py",
+        "commit": commit(),
+        "environment": environment(),
+        "seed": 0,
+    }
+    path = write_text(HERE / "results" / "three_families.json", json.dumps(record, indent=1) + "\n")
+    print(f"wrote {path.relative_to(HERE.parent)}")
+
+
+if __name__ == "__main__":
+    main()
