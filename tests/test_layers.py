@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -213,14 +214,65 @@ def test_a_transformer_never_computes_with_the_rebuilt_dense_weight(
     small, _ = weft.compress(model, {"linear1": LowRank(2), "linear2": LowRank(2)})
     fused = []
     monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: fused.append(args))
-    called = []
-    for layer in (small.linear1, small.linear2):
-        layer.register_forward_hook(lambda module, given, output: called.append(module))
+    called = []  # no hook counts the calls: a hooked layer never takes the fused path
+    own = StructuredLinear.forward
+
+    def forward(layer: StructuredLinear, input: Tensor) -> Tensor:  # noqa: A002
+        called.append(layer)
+        return own(layer, input)
+
+    monkeypatch.setattr(StructuredLinear, "forward", forward)
     with torch.set_grad_enabled(grad):
         output = small(torch.randn(3, 5, 16))
-    assert output.shape == (3, 5, 16)
     assert not fused
     assert called == [small.linear1, small.linear2]
+    assert output.shape == (3, 5, 16)
+
+
+def test_a_transformer_layer_that_looks_at_the_weight_does_not_form_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    small, _ = weft.compress(model, {"linear1": LowRank(2), "linear2": LowRank(2)})
+    formed = []
+    for layer in (small.linear1, small.linear2):
+        own = layer.matrix.to_dense
+        monkeypatch.setattr(layer.matrix, "to_dense", lambda own=own: (formed.append(1), own())[1])
+    with torch.no_grad():
+        small(torch.randn(3, 5, 16))
+        assert small.linear1.weight.shape == (32, 16)
+        assert small.linear1.weight.dtype == torch.float32
+    assert not formed
+    assert float(small.linear1.weight.norm()) > 0  # and here it is formed
+    assert len(formed) == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_transformer_layer_exports_and_compiles(strict: bool) -> None:
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    small, _ = weft.compress(model, {"linear1": LowRank(2), "linear2": LowRank(2)})
+    x = torch.randn(3, 5, 16)
+    program = torch.export.export(small, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), small(x), rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), small(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_dense_weight_behaves_as_a_tensor_of_values() -> None:
+    layer = full_rank_layer(nn.Conv2d(4, 6, 3))
+    weight, dense = layer.weight, layer.matrix.to_dense().detach()
+    for got, expected in (
+        (weight + 1, dense + 1),
+        (weight.flatten(1) @ torch.ones(36, 2), dense.flatten(1) @ torch.ones(36, 2)),
+        (weight[2, 1], dense[2, 1]),
+        (weight.detach().clone(), dense),
+        (F.conv2d(torch.ones(1, 4, 5, 5), weight), F.conv2d(torch.ones(1, 4, 5, 5), dense)),
+    ):
+        assert type(got) is Tensor
+        assert torch.equal(got, expected)
+    assert not weight.requires_grad
+    assert (weight.ndim, weight.numel(), weight.device) == (4, 216, dense.device)
+    assert "DenseView" in repr(weight)
 
 
 def test_a_whole_transformer_encoder_runs_in_evaluation_mode() -> None:

@@ -1,21 +1,66 @@
 """What all layers share: a structured matrix with a bias, and a dense weight for code that looks at it."""
 
+import itertools
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from weft import checks
 from weft.structures.base import StructuredMatrix
 
 
 class DenseView(Tensor):
-    """A layer's dense weight, formed for code that looks at it.
+    """A layer's dense weight for code that looks at it, formed only when something is computed with it.
 
-    Being a subclass of `Tensor` it keeps fused paths (that of `nn.TransformerEncoderLayer`) from computing
-    with the rebuilt weight behind the layer's back: they step aside for tensors that override functions.
+    Being a subclass of `Tensor` it keeps fused paths (that of `nn.TransformerEncoderLayer`, which reads the
+    weight at every call) from computing with the rebuilt weight behind the layer's back: they step aside for
+    tensors that override functions. Shape, dtype and device cost nothing; results are plain tensors.
+
+    Args:
+        matrix: the weight.
     """
+
+    def __new__(cls, matrix: StructuredMatrix) -> "DenseView":
+        stored = itertools.chain(matrix.parameters(), matrix.buffers())
+        like = next((tensor for tensor in stored if tensor.is_floating_point()), torch.empty(0))
+        return cls._make_wrapper_subclass(cls, matrix.shape, dtype=like.dtype, device=like.device)
+
+    def __init__(self, matrix: StructuredMatrix) -> None:
+        self.matrix = matrix
+
+    # Without it torch would take the class for one that overrides nothing, and fused paths would not step
+    # aside.
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        def form(view: DenseView) -> Tensor:
+            return view.matrix.to_dense().detach()
+
+        return func(*tree_map_only(cls, form, args), **tree_map_only(cls, form, kwargs or {}))
+
+
+class FormedDenseView(Tensor):
+    """The dense weight while a compiler traces, which drops it where nothing computes with it."""
 
 
 class StructuredLayer(nn.Module, ABC):
@@ -43,8 +88,10 @@ class StructuredLayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in its own shape, formed at every access; weft's own forward never asks for it."""
-        return self.matrix.to_dense().detach().as_subclass(DenseView)
+        """The dense weight in its own shape, formed when it is used; weft's own forward never asks for it."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.matrix.to_dense().detach().as_subclass(FormedDenseView)
+        return DenseView(self.matrix)
 
 
 def relax(model: nn.Module) -> None:
