@@ -89,6 +89,18 @@ def test_largest_entries_is_the_union_of_row_wise_and_column_wise_sorting(rows, 
     assert torch.equal(largest_entries(given_matrix, count), expected)
 
 
+@pytest.mark.parametrize("shape", [(300, 517), (1, 1000), (129, 1)])
+@pytest.mark.parametrize("count", [1, 7, 20])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_threshold_from_strips_is_that_of_a_full_sort(
+    shape: tuple[int, int], count: int, axis: int
+) -> None:
+    size = matrix(shape).abs()
+    place = min(count, shape[axis])
+    expected = size.sort(dim=axis, descending=True).values.narrow(axis, place - 1, 1)
+    assert torch.equal(algorithms._kth_largest(size, place, axis), expected)
+
+
 @pytest.mark.parametrize("shape", [(40, 40), (20, 60), (60, 20)])
 def test_largest_entries_keeps_between_k_and_twice_k_on_average(shape: tuple[int, int]) -> None:
     kept = largest_entries(matrix(shape), 5)

@@ -56,6 +56,8 @@ _COLD_STEPS, _WARM_STEPS = 30, 4
 # Power iteration gives a lower bound of the Lipschitz constant; Fig. 4 asks for a step below its inverse.
 _STEP_MARGIN = 1.001
 _BACKTRACKS = 8
+# Into so many strips a long line is divided to find its largest entries.
+_STRIPS = 8
 # Below the first error the factorisation is exact, and sweeps end when the second tolerance is met.
 _EXACT_ERROR, _EXACT_TOLERANCE = 1e-6, 0.1
 
@@ -110,25 +112,43 @@ def largest_entries(matrix: Tensor, sparsity: int) -> Tensor:
                 [1, 1]], dtype=torch.int32)
     """
     size = matrix.abs()
-    return _largest_in_rows(size, sparsity) | _largest_in_rows(size.T.contiguous(), sparsity).T
+    return _largest_along(size, sparsity, 1).logical_or_(_largest_along(size, sparsity, 0))
 
 
-def _largest_in_rows(size: Tensor, count: int) -> Tensor:
-    """Where a non-negative matrix is among the `count` largest of its row; the first of equals are taken."""
+def _largest_along(size: Tensor, count: int, axis: int) -> Tensor:
+    """Where a non-negative matrix is among the `count` largest along an axis; of equals the first count."""
     # `topk` leaves the order of equals open, and that order decides whether the hierarchical variant finds
     # the butterflies of a Hadamard matrix, all of whose entries are equal up to rounding.
-    if count >= size.shape[1]:
+    if count >= size.shape[axis]:
         return torch.ones_like(size, dtype=torch.bool)
-    threshold = size.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
+    threshold = _kth_largest(size, count, axis)
     rounding = 64 * torch.finfo(size.dtype).eps * threshold
     kept = size >= threshold - rounding
-    surplus = (kept.sum(1) > count).nonzero().flatten()
-    if len(surplus):
-        above = size[surplus] > (threshold + rounding)[surplus]
-        tied = kept[surplus] & ~above
-        room = count - above.sum(1, keepdim=True)
-        kept[surplus] = above | (tied & (tied.cumsum(1) <= room))
+    # One count of all is cheaper than one per line, and enough where no line has equals at its threshold.
+    if int(kept.count_nonzero()) > count * size.shape[1 - axis]:
+        lines = (kept.sum(axis) > count).nonzero().flatten()
+        chosen = size.index_select(1 - axis, lines)
+        above = chosen > (threshold + rounding).index_select(1 - axis, lines)
+        tied = kept.index_select(1 - axis, lines) & ~above
+        room = count - above.sum(axis, keepdim=True)
+        kept.index_copy_(1 - axis, lines, above | (tied & (tied.cumsum(axis) <= room)))
     return kept
+
+
+def _kth_largest(size: Tensor, count: int, axis: int) -> Tensor:
+    """The `count` largest value along an axis, which stays with length 1."""
+    width = size.shape[axis] // _STRIPS
+    if width < 4 * count:
+        return size.topk(count, dim=axis, sorted=False).values.amin(axis, keepdim=True)
+    # The largest K are among the K strips with the largest maxima: a search in two short lists.
+    strips = size.narrow(axis, 0, _STRIPS * width).unflatten(axis, (_STRIPS, width))
+    best = strips.amax(axis).topk(count, dim=axis, sorted=False).indices.unsqueeze(axis)
+    shape = list(best.shape)
+    shape[axis] = _STRIPS
+    candidates = strips.gather(axis + 1, best.expand(shape)).flatten(axis, axis + 1)
+    rest = size.narrow(axis, _STRIPS * width, size.shape[axis] - _STRIPS * width)
+    shortlist = torch.cat([candidates, rest], dim=axis)
+    return shortlist.topk(count, dim=axis, sorted=False).values.amin(axis, keepdim=True)
 
 
 def multiply(sparse: Tensor, dense: Tensor) -> Tensor:
@@ -150,8 +170,14 @@ class _Factor:
     def __init__(self, dense: Tensor) -> None:
         self.dense = dense
 
+    def scaled(self, scale: float) -> "_Factor":
+        """The same entries times a number."""
+        scaled = _Factor(self.dense * scale)
+        scaled.__dict__["places"] = self.places
+        return scaled
+
     @cached_property
-    def _places(self) -> tuple[Tensor, Tensor] | None:
+    def places(self) -> tuple[Tensor, Tensor] | None:
         """Rows and columns of the entries, row by row; None where the dense product is the faster one."""
         # In double precision the gathering sum is not vectorised, and the dense product wins at any density.
         if self.dense.dtype != torch.float32 or self.dense.numel() < _SMALLEST_SPARSE:
@@ -165,16 +191,16 @@ class _Factor:
 
     @cached_property
     def _by_rows(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self._places is None:
+        if self.places is None:
             return None
-        rows, columns = self._places
+        rows, columns = self.places
         return columns, self.dense[rows, columns], _starts(rows, len(self.dense))
 
     @cached_property
     def _by_columns(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self._places is None:
+        if self.places is None:
             return None
-        rows, columns = self._places
+        rows, columns = self.places
         order = columns.argsort(stable=True)
         rows, columns = rows[order], columns[order]
         return rows, self.dense[rows, columns], _starts(columns, self.dense.shape[1])
@@ -187,13 +213,13 @@ class _Factor:
         """Sᵀ X."""
         return self.dense.T @ matrix if self._by_columns is None else _sum_of_rows(matrix, *self._by_columns)
 
-    def right_times(self, matrix: Tensor) -> Tensor:
-        """X S."""
-        return matrix @ self.dense if self._places is None else self.transposed_times(matrix.T).T.contiguous()
+    def right_times_symmetric(self, metric: Tensor) -> Tensor:
+        """A S for a symmetric matrix A."""
+        return metric @ self.dense if self.places is None else self.transposed_times(metric).T.contiguous()
 
     def right_transposed_times(self, matrix: Tensor) -> Tensor:
         """X Sᵀ."""
-        return matrix @ self.dense.T if self._places is None else self.times(matrix.T).T.contiguous()
+        return matrix @ self.dense.T if self.places is None else self.times(matrix.T).T.contiguous()
 
 
 def _starts(sorted_rows: Tensor, count: int) -> Tensor:
@@ -233,23 +259,17 @@ def _columns_metric(matrix: Tensor, metric: Metric) -> Tensor:
 
 
 def _congruence(factor: _Factor, metric: Metric) -> Tensor:
-    """S B Sᵀ, symmetric to the last bit."""
-    right = (
-        _columns_metric(factor.dense, metric) if metric is None or metric.ndim == 1 else factor.times(metric)
-    )
-    product = factor.times(right.T)
-    return (product + product.T) / 2
+    """S B Sᵀ."""
+    if metric is None or metric.ndim == 1:
+        return factor.times(_columns_metric(factor.dense, metric).T)
+    return factor.times(factor.times(metric).T)
 
 
 def _transposed_congruence(factor: _Factor, metric: Metric) -> Tensor:
-    """Sᵀ A S, symmetric to the last bit."""
-    left = (
-        _rows_metric(metric, factor.dense)
-        if metric is None or metric.ndim == 1
-        else factor.right_times(metric)
-    )
-    product = factor.transposed_times(left)
-    return (product + product.T) / 2
+    """Sᵀ A S."""
+    if metric is None or metric.ndim == 1:
+        return factor.transposed_times(_rows_metric(metric, factor.dense))
+    return factor.transposed_times(factor.transposed_times(metric).T)
 
 
 def _diagonal(metric: Metric, size: int, like: Tensor) -> Tensor:
@@ -297,17 +317,14 @@ class _Quadratic:
     right: Metric  # B, shape (columns, columns)
     target: Tensor  # T, shape (rows, columns)
 
-    def apply(self, factor: Tensor) -> Tensor:
+    def apply(self, factor: Tensor | _Factor) -> Tensor:
         """A S B, with S of many zeros."""
-        return self.apply_factor(_Factor(factor))
-
-    def apply_factor(self, factor: _Factor) -> Tensor:
-        """A S B, with S of many zeros whose entries may be known already."""
+        known = factor if isinstance(factor, _Factor) else _Factor(factor)
         if self.right is not None and self.right.ndim == 2:
-            return _rows_metric(self.left, factor.times(self.right))
+            return _rows_metric(self.left, known.times(self.right))
         if self.left is not None and self.left.ndim == 2:
-            return _columns_metric(factor.right_times(self.left), self.right)
-        return _columns_metric(_rows_metric(self.left, factor.dense), self.right)
+            return _columns_metric(known.right_times_symmetric(self.left), self.right)
+        return _columns_metric(_rows_metric(self.left, known.dense), self.right)
 
     def value(self, factor: Tensor, image: Tensor | None = None) -> float:
         """⟨S, A S B − 2T⟩."""
@@ -335,7 +352,7 @@ class _Quadratic:
         return _Quadratic(left, right, self.target / scales), scales
 
 
-_Solver = Callable[[int, _Quadratic, Tensor], Tensor]
+_Solver = Callable[[int, _Quadratic, _Factor], Tensor]
 _Spectrum = tuple[Tensor, Tensor]
 
 
@@ -379,13 +396,13 @@ class _LipschitzStep:
         value, self.vectors[key] = _largest_eigenvalue(metric, self.vectors.get(key))
         return value
 
-    def __call__(self, index: int, quadratic: _Quadratic, factor: Tensor) -> Tensor:
+    def __call__(self, index: int, quadratic: _Quadratic, factor: _Factor) -> Tensor:
         constant = self._norm((index, "left"), quadratic.left) * self._norm((index, "right"), quadratic.right)
         if constant <= 0:
-            return factor
+            return factor.dense
         gradient = quadratic.apply(factor) - quadratic.target
-        factor = torch.add(factor, gradient, alpha=-1 / (_STEP_MARGIN * constant))
-        return factor * largest_entries(factor, self.sparsity[index])
+        moved = torch.add(factor.dense, gradient, alpha=-1 / (_STEP_MARGIN * constant))
+        return moved * largest_entries(moved, self.sparsity[index])
 
 
 class _SteepestStep:
@@ -400,10 +417,10 @@ class _SteepestStep:
         self.sparsity = sparsity
         self.refit_steps = refit_steps
 
-    def __call__(self, index: int, quadratic: _Quadratic, factor: Tensor) -> Tensor:
+    def __call__(self, index: int, quadratic: _Quadratic, factor: _Factor) -> Tensor:
         sparsity = self.sparsity[index]
         balanced, scales = quadratic.balanced()
-        point = factor * scales
+        point = factor.dense * scales
         image = balanced.apply(point)
         gradient, value = image - balanced.target, balanced.value(point, image)
         support = point != 0 if bool(point.any()) else largest_entries(gradient, sparsity)
@@ -469,10 +486,10 @@ class _Splitting:
             return lambda matrix: matrix @ inverse
         return lambda matrix: matrix / (1 + shift)
 
-    def __call__(self, index: int, quadratic: _Quadratic, factor: Tensor) -> Tensor:
+    def __call__(self, index: int, quadratic: _Quadratic, factor: _Factor) -> Tensor:
         balanced, scales = quadratic.balanced()
         solve = self._shifted_inverse(index, balanced)
-        kept, dual = factor * scales, torch.zeros_like(factor)
+        kept, dual = factor.dense * scales, torch.zeros_like(factor.dense)
         for _ in range(self.steps):
             free = solve(balanced.target + self.penalty * (kept - dual))
             shifted = free + dual
@@ -493,6 +510,7 @@ class _Problem:
     left: Metric  # H
     right: Metric  # Ĝ
     weighted: Tensor  # HWĜ
+    weighted_by_columns: Tensor  # the same with contiguous columns, to be multiplied from the right
     size: float  # ‖H^{1/2}WĜ^{1/2}‖²_F
 
     @classmethod
@@ -503,7 +521,8 @@ class _Problem:
         left, right = (None if metric is None else metric.to(target) for metric in (left, right))
         target = target.T.contiguous() if transpose else target
         weighted = _columns_metric(_rows_metric(left, target), right)
-        return cls(target, left, right, weighted, _inner(target, weighted))
+        by_columns = weighted.T.contiguous().T
+        return cls(target, left, right, weighted, by_columns, _inner(target, weighted))
 
     def relative_error(self, scale: float, factors: Sequence[Tensor]) -> float:
         """The relative error from the residual itself."""
@@ -531,11 +550,11 @@ def _sweep(problem: _Problem, scale: float, factors: list[Tensor], solve: _Solve
     prefix, moment = problem.left, problem.weighted  # LᵀHL and LᵀHWĜ
     square = problem.size
     for index, suffix in enumerate(suffixes):
-        target = moment
+        target = moment if index else problem.weighted_by_columns
         for factor in reversed(known[index + 1 :]):
             target = factor.right_transposed_times(target)
         quadratic = _Quadratic(prefix, suffix, target)
-        scaled = solve(index, quadratic, scale * factors[index])
+        scaled = solve(index, quadratic, known[index].scaled(scale))
         norm = float(scaled.norm())
         if norm > 0 and math.isfinite(norm):
             # λ takes the factor's norm, so that normalising changes nothing in the product.
@@ -545,7 +564,7 @@ def _sweep(problem: _Problem, scale: float, factors: list[Tensor], solve: _Solve
             prefix, moment = _transposed_congruence(factor, prefix), factor.transposed_times(moment)
         else:
             # Fig. 4, line 9: λ = ⟨W, Ŝ⟩ / ⟨Ŝ, Ŝ⟩ for the product Ŝ of the normalised factors.
-            image = quadratic.apply_factor(factor)
+            image = quadratic.apply(factor)
             along, curvature = _inner(factor.dense, target), _inner(factor.dense, image)
             if curvature > 0:
                 scale = along / curvature
@@ -703,7 +722,9 @@ def refit(
     descent, transpose = _prepare(target, len(start.factors), start, input_metric, output_metric, None)
     supports = [factor != 0 for factor in descent.factors]
     descent.run(
-        lambda index, block, factor: _fixed_support(block, factor, supports[index], steps), sweeps, tolerance
+        lambda index, block, factor: _fixed_support(block, factor.dense, supports[index], steps),
+        sweeps,
+        tolerance,
     )
     return descent.result(transpose=transpose)
 
