@@ -1,4 +1,7 @@
-"""Writes the table at the head of README.md from a real run: python tools/readme_table.py demo/run.json"""
+"""Writes the table at the head of README.md from a real run.
+
+    python tools/readme_table.py demo/run.json
+"""
 
 import sys
 from pathlib import Path
@@ -16,8 +19,8 @@ def main() -> None:
     lines += [f"| {' | '.join(row)} |" for row in report.rows()]
     lines += [
         "",
-        "A small convolutional network on scikit-learn's digits, held-out images, compressed to a quarter of its"
-        f" parameters by `make demo` (low rank; {machine['processor']}, torch {machine['torch']}).",
+        "A small convolutional network on scikit-learn's digits, held-out images, compressed to a quarter of",
+        f"its parameters by `make demo` (low rank; {machine['processor']}, torch {machine['torch']}).",
     ]
     readme = Path(__file__).parent.parent / "README.md"
     text = readme.read_text(encoding="utf-8")
