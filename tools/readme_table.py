@@ -1,6 +1,6 @@
 """Writes the table at the head of README.md from a real run.
 
-    python tools/readme_table.py demo/run.json
+python tools/readme_table.py demo/run.json
 """
 
 import sys
