@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
+# One thread per process: the processes together use the cores, and threads that wait for each other would only spin.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 .PHONY: help
 help: ## list the targets
@@ -21,11 +23,11 @@ demo: $(READY) ## train, compress, fine-tune and measure a small network; writes
 
 .PHONY: test
 test: $(READY) ## run the fast tests and doctests (ARGUMENTS="-k low_rank" selects)
-	$(BIN)/python -m pytest $(ARGUMENTS)
+	$(PYTEST) $(ARGUMENTS)
 
 .PHONY: test-slow
 test-slow: $(READY) ## run all tests, the slow ones included
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGUMENTS)
+	$(PYTEST) -m "slow or not slow" $(ARGUMENTS)
 
 .PHONY: check
 check: $(READY) ## linters, formatting, types and the floors of the house

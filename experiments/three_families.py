@@ -9,10 +9,10 @@ table and writes experiments/results/three_families.json. Skips with a message w
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,30 +41,25 @@ def low_rank(layer: LayerSurvey, parameters: int) -> Structure:
     return LowRank(parameters // sum(matrix_shape(layer.shape)))
 
 
-def hierarchical(layer: LayerSurvey, parameters: int) -> Structure:
-    """Of all candidates within the parameters the one that approximates the weight best without data."""
-    by_layout: dict[tuple[object, ...], Hierarchical] = {}
-    for candidate in Hierarchical.candidates(layer.shape):
-        if (candidate.parameter_count(layer.shape) or math.inf) <= parameters:
-            by_layout[candidate.admissibility, candidate.leaf_size] = candidate  # candidates grow
-    grown = [largest(candidate, layer, parameters) for candidate in by_layout.values()]
-    return min(
-        grown, key=lambda structure: relative_error(layer.weight, structure.fit(layer.weight).to_dense())
-    )
+def weak(layer: LayerSurvey, parameters: int) -> Structure:
+    """The published form, weak admissibility; leaves as small as lets ten per cent hold a rank."""
+    return largest(Hierarchical(rank=1, leaf_size=32), layer, parameters)
 
 
-def largest(structure: Hierarchical, layer: LayerSurvey, parameters: int) -> Hierarchical:
-    """The same layout with the largest rank within the parameters."""
-    rank = structure.rank or 1
-    while True:
-        dearer = Hierarchical(
-            rank=rank + 1, leaf_size=structure.leaf_size, admissibility=structure.admissibility
-        )
-        if (dearer.parameter_count(layer.shape) or math.inf) > parameters:
-            return Hierarchical(
-                rank=rank, leaf_size=structure.leaf_size, admissibility=structure.admissibility
-            )
-        rank += 1
+def uniform(layer: LayerSurvey, parameters: int) -> Structure:
+    """Block low rank on clusters of the weight's own rows and columns."""
+    structure = Hierarchical(rank=1, leaf_size=62, admissibility="uniform", clustering="principal")
+    return largest(structure, layer, parameters)
+
+
+def largest(structure: Hierarchical, layer: LayerSurvey, parameters: int) -> Structure:
+    """The same layout with the largest rank within the parameters, orders and tables not counted."""
+    low, high = 1, min(matrix_shape(layer.shape))
+    while high - low > 1:
+        middle = (low + high) // 2
+        count = replace(structure, rank=middle, clustering="cardinality").parameter_count(layer.shape)
+        low, high = (middle, high) if count is not None and count <= parameters else (low, middle)
+    return replace(structure, rank=low)
 
 
 def semiseparable(layer: LayerSurvey, parameters: int) -> Structure:
@@ -79,7 +74,8 @@ def sparse_product(layer: LayerSurvey, parameters: int) -> Structure:
 
 FAMILIES: dict[str, Callable[[LayerSurvey, int], Structure]] = {
     "LowRank": low_rank,
-    "Hierarchical": hierarchical,
+    "Hierarchical, weak": weak,
+    "Hierarchical, uniform": uniform,
     "SequentiallySemiseparable": semiseparable,
     "SparseProduct": sparse_product,
 }
