@@ -68,8 +68,8 @@ def semiseparable(layer: LayerSurvey, parameters: int) -> Structure:
 
 
 def sparse_product(layer: LayerSurvey, parameters: int) -> Structure:
-    """Two factors; the union of the K largest per row and per column holds about 2 % more than K per line."""
-    return SparseProduct(2, parameters * 98 // (100 * sum(matrix_shape(layer.shape))))
+    """Two factors; the union of the K largest per row and per column holds up to 5 % more than K per line."""
+    return SparseProduct(2, parameters * 95 // (100 * sum(matrix_shape(layer.shape))))
 
 
 FAMILIES: dict[str, Callable[[LayerSurvey, int], Structure]] = {
