@@ -27,9 +27,9 @@ from weft.report.report import Report, measure
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import fine_tune
 from weft.sources import Data, load, load_data, load_model
-from weft.storage import read_metadata, save, structured_layers, write_text
+from weft.storage import read_json, read_metadata, save, structured_layers, write_text
 from weft.structures import families
-from weft.survey import Survey, read_json, survey
+from weft.survey import Survey, survey
 
 app = typer.Typer(
     help="Trained networks made smaller and faster by re-weaving their weights from structured matrices.",

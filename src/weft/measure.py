@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from weft.kernels import route
 from weft.layers.base import StructuredLayer
 from weft.layers.replace import geometry_of_layer
 from weft.progress import track
+from weft.storage import structured_layers
 from weft.structures.base import Cost
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -49,12 +50,22 @@ def call(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     try:
-        inspect.signature(model.forward).bind(*batch)
+        return model(*batch)
     except TypeError as error:
+        if _takes(model, batch):
+            raise
         expected = f"what {type(model).__name__}.forward takes"
         remedy = "if your batches are (inputs, targets) pairs, pass weft.inputs(batches)"
         raise TypeError(checks.fault("batch", expected, f"{len(batch)} inputs", remedy)) from error
-    return model(*batch)
+
+
+def _takes(model: nn.Module, batch: Sequence[Any]) -> bool:
+    """Whether a model's signature has a place for every input; looked at only once a call has failed."""
+    try:
+        inspect.signature(model.forward).bind(*batch)
+    except TypeError:
+        return False
+    return True
 
 
 class inputs:  # noqa: N801  (reads as a function: weft.inputs(loader))
@@ -345,9 +356,8 @@ def _count_multiply_adds(model: nn.Module, batch: Batch) -> int:
         else:
             space = len(module.matrix.shape) - 2
             positions = math.prod(output.shape[-space:])
-            unit = module.matrix.multiply_adds(
-                _with_input_size(geometry, (args[0] if args else kwargs["input"]).shape[-space:])
-            )
+            size = tuple((args[0] if args else kwargs["input"]).shape[-space:])
+            unit = module.matrix.multiply_adds(replace(geometry, input_size=size))
             own.append(unit * output.numel() / (module.matrix.outputs * positions))
 
     with evaluating(model), torch.no_grad():
@@ -362,10 +372,6 @@ def _count_multiply_adds(model: nn.Module, batch: Batch) -> int:
             for handle in handles:
                 handle.remove()
     return round((counter.get_total_flops() / 2 - sum(outside) + sum(own)) / max(1, batch_size(batch)))
-
-
-def _with_input_size(geometry: Any, size: Sequence[int]) -> Any:
-    return type(geometry)(**{**vars(geometry), "input_size": tuple(size)})
 
 
 @contextmanager
@@ -650,11 +656,8 @@ def layer_rows(model: nn.Module) -> list[LayerRow]:
         One row per matrix.
     """
     rows = []
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, StructuredLayer) or id(module.matrix) in seen:
-            continue
-        seen.add(id(module.matrix))
+    for name in structured_layers(model):
+        module: Any = model.get_submodule(name)
         matrix = module.matrix
         count = math.prod(matrix.shape)
         width = next((tensor.element_size() for tensor in matrix.parameters()), 4)
@@ -663,65 +666,3 @@ def layer_rows(model: nn.Module) -> list[LayerRow]:
         cost = matrix.cost(geometry_of_layer(module))  # without an input size: per output position
         rows.append(LayerRow(name, str(matrix.structure), matrix.shape, dense, cost, picture))
     return rows
-
-
-def side_by_side(
-    small: nn.Module,
-    *,
-    against: nn.Module,
-    data: Iterable[Any],
-    metric: Metric | None = None,
-    metric_name: str | None = None,
-    batches: Sequence[int] = (1, 128),
-    thread_counts: Sequence[int] | None = None,
-    seconds: float = 1.0,
-    shown: bool | None = None,
-) -> Measurement:
-    """Measures a compressed network against its dense one.
-
-    Args:
-        small: the compressed network.
-        against: the dense one.
-        data: held-out batches of (inputs, labels), not an iterator that is used up after one pass.
-        metric: takes a model and the data, larger is better; top-1 accuracy where None.
-        metric_name: its name in tables; the function's own where None.
-        batches: batch sizes for the latency.
-        thread_counts: torch's thread counts; the current one where None.
-        seconds: about how long to time each combination.
-        shown: whether to draw progress bars; where None, only on a terminal.
-
-    Returns:
-        The measurement.
-
-    Raises:
-        ValueError: the data are empty.
-    """
-    check_repeatable("data", data)
-    first = next((batch for batch in data if batch_size(batch)), None)
-    if first is None:
-        raise ValueError(checks.fault("data", "not empty", "no samples", "pass at least one batch"))
-    sample = first[0] if isinstance(first, list | tuple) and len(first) == 2 else first
-    if metric is None:
-
-        def evaluate(model: nn.Module) -> float:
-            return accuracy(model, data, shown=shown)
-
-        name = "accuracy"
-    else:
-
-        def evaluate(model: nn.Module) -> float:
-            return float(metric(model, data))
-
-        name = getattr(metric, "__name__", "metric")
-    return Measurement(
-        metric=metric_name or name,
-        dense_value=evaluate(against),
-        value=evaluate(small),
-        dense_cost=network_cost(against, sample),
-        cost=network_cost(small, sample),
-        latencies=latencies(
-            against, small, sample, batches=batches, thread_counts=thread_counts, seconds=seconds, shown=shown
-        ),
-        layers=layer_rows(small),
-        environment=environment(),
-    )

@@ -81,6 +81,34 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     return write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
+def read_json(path: str | os.PathLike[str], key: str, remedy: str) -> dict[str, Any]:
+    """Reads a JSON file of ours.
+
+    Args:
+        path: the file.
+        key: the key that tells its kind; its value is the format version, 1.
+        remedy: how such a file is made.
+
+    Returns:
+        The data.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, or of another kind or version.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(checks.fault("path", "an existing file", file, remedy))
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(checks.fault(str(file), "JSON", f"'{error}'", remedy)) from error
+    if not isinstance(data, dict) or data.get(key) != 1:
+        got = sorted(data)[:5] if isinstance(data, dict) else type(data).__name__
+        raise ValueError(checks.fault(str(file), f'JSON with "{key}": 1', got, remedy))
+    return data
+
+
 def structured_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """The structured layers of a network, those that share one matrix under the first one's name.
 

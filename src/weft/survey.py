@@ -30,7 +30,7 @@ from weft.measure import (
 )
 from weft.numerics.gram import DEFAULT_SHRINKAGE
 from weft.progress import track
-from weft.storage import write_beside, write_text
+from weft.storage import read_json, write_beside, write_text
 from weft.structures.base import (
     BlockDiagonalGram,
     Cost,
@@ -262,34 +262,6 @@ class Survey:
         )
 
 
-def read_json(path: str | os.PathLike[str], key: str, remedy: str) -> dict[str, Any]:
-    """Reads a JSON file of ours.
-
-    Args:
-        path: the file.
-        key: the key that tells its kind; its value is the format version, 1.
-        remedy: how such a file is made.
-
-    Returns:
-        The data.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, or of another kind or version.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(checks.fault("path", "an existing file", file, remedy))
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(checks.fault(str(file), "JSON", f"'{error}'", remedy)) from error
-    if not isinstance(data, dict) or data.get(key) != 1:
-        got = sorted(data)[:5] if isinstance(data, dict) else type(data).__name__
-        raise ValueError(checks.fault(str(file), f'JSON with "{key}": 1', got, remedy))
-    return data
-
-
 def _gram_from(stored: dict[str, Tensor] | None) -> Gram | None:
     if stored is None:
         return None
@@ -491,9 +463,8 @@ class _Spill:
             return torch.zeros(shape, dtype=torch.float64)
         handle, name = tempfile.mkstemp(prefix="weft-gram-")
         os.close(handle)
-        tensor = torch.from_file(
-            name, shared=True, size=count, dtype=torch.float64
-        )  # a sparse file reads as zeros
+        # A sparse file reads as zeros.
+        tensor = torch.from_file(name, shared=True, size=count, dtype=torch.float64)
         # The mapping outlives the name, so that nothing is left behind whatever happens to the process.
         Path(name).unlink()
         return tensor.reshape(shape)

@@ -88,10 +88,9 @@ def replace_layer(model: nn.Module, names: Sequence[str], matrix: StructuredMatr
     Raises:
         ValueError: a layer does not exist or cannot be replaced.
     """
+    # All of them before the first one is replaced: a shared block has one layer under many names.
     modules: dict[str, nn.Module] = {}
-    for (
-        name
-    ) in names:  # all of them before the first one is replaced: a shared block has one layer under many names
+    for name in names:
         try:
             modules[name] = model.get_submodule(name)
         except AttributeError as error:

@@ -9,10 +9,10 @@ from typing import Any
 
 from weft import checks
 from weft.plan.budget import Budget
-from weft.storage import write_text
+from weft.storage import read_json, write_text
 from weft.structures import from_json
 from weft.structures.base import Candidate, Cost, Structure
-from weft.survey import Survey, read_json
+from weft.survey import Survey
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,24 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from weft.measure import Latency, LayerRow, Measurement, Metric, Timing, side_by_side
+from weft import checks
+from weft.measure import (
+    Latency,
+    LayerRow,
+    Measurement,
+    Metric,
+    Timing,
+    accuracy,
+    batch_size,
+    check_repeatable,
+    environment,
+    latencies,
+    layer_rows,
+    network_cost,
+)
 from weft.report.page import render_page
-from weft.storage import write_text
+from weft.storage import read_json, write_text
 from weft.structures.base import Cost
-from weft.survey import read_json
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ class Report(Measurement):
             Latency(row["batch"], row["threads"], Timing(**row["dense"]), Timing(**row["compressed"]))
             for row in data["latencies"]
         ]
-        layer_rows = [
+        layers = [
             LayerRow(**{
                 **row,
                 "shape": tuple(row["shape"]),
@@ -76,7 +89,7 @@ class Report(Measurement):
             for row in data["layers"]
         ]
         costs = {name: Cost(**data[name]) for name in ("dense_cost", "cost")}
-        return cls(**{**data, **costs, "latencies": latency_rows, "layers": layer_rows})
+        return cls(**{**data, **costs, "latencies": latency_rows, "layers": layers})
 
     def save(self, path: str | os.PathLike[str], *, command: str = "") -> Path:
         """Writes the measurement as JSON, for `weft report`.
@@ -174,7 +187,7 @@ def measure(
     Args:
         small: the compressed network.
         against: the dense one.
-        data: held-out batches of (inputs, labels); can be iterated several times.
+        data: held-out batches of (inputs, labels), not an iterator that is used up after one pass.
         metric: takes a model and the data, larger is better; top-1 accuracy where None.
         metric_name: its name in tables; the function's own where None.
         batches: batch sizes for the latency.
@@ -184,6 +197,9 @@ def measure(
 
     Returns:
         The report.
+
+    Raises:
+        ValueError: the data are empty.
 
     Examples:
         >>> import torch, weft
@@ -195,15 +211,32 @@ def measure(
         >>> report.cost.parameters, report.dense_cost.parameters
         (14, 27)
     """
-    measured = side_by_side(
-        small,
-        against=against,
-        data=data,
-        metric=metric,
-        metric_name=metric_name,
-        batches=batches,
-        thread_counts=thread_counts,
-        seconds=seconds,
-        shown=shown,
+    check_repeatable("data", data)
+    first = next((batch for batch in data if batch_size(batch)), None)
+    if first is None:
+        raise ValueError(checks.fault("data", "not empty", "no samples", "pass at least one batch"))
+    sample = first[0] if isinstance(first, list | tuple) and len(first) == 2 else first
+    if metric is None:
+
+        def evaluate(model: nn.Module) -> float:
+            return accuracy(model, data, shown=shown)
+
+        name = "accuracy"
+    else:
+
+        def evaluate(model: nn.Module) -> float:
+            return float(metric(model, data))
+
+        name = getattr(metric, "__name__", "metric")
+    return Report(
+        metric=metric_name or name,
+        dense_value=evaluate(against),
+        value=evaluate(small),
+        dense_cost=network_cost(against, sample),
+        cost=network_cost(small, sample),
+        latencies=latencies(
+            against, small, sample, batches=batches, thread_counts=thread_counts, seconds=seconds, shown=shown
+        ),
+        layers=layer_rows(small),
+        environment=environment(),
     )
-    return Report(**vars(measured))

@@ -45,8 +45,7 @@ def compress(
 
     Returns:
         The compressed network, in the modes and with the frozen weights of the dense one, and one log entry
-        per
-        layer: structure, cost, relative error (in the survey's metric), seconds.
+        per layer: structure, cost, relative error (in the survey's metric), seconds.
 
     Raises:
         ValueError: the plan names a layer that the model does not have, that the survey knows in another
