@@ -8,7 +8,7 @@ Times that are compared are measured alternately, and medians are given; the JSO
 
 import argparse
 import json
-import platform
+import os
 import statistics
 import subprocess
 import time
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weft.measure import environment
 from weft.structures.base import DenseGram, Structure, relative_error
 from weft.structures.low_rank import LowRank
 from weft.structures.semiseparable import SequentiallySemiseparable
@@ -207,17 +208,14 @@ def classifier() -> list[dict[str, object]]:
     return rows
 
 
-def environment() -> dict[str, object]:
+def surroundings() -> dict[str, object]:
+    """Machine and versions as everywhere, and what else bears on these figures."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "machine": cpu[0].split(":", 1)[1].strip() if cpu else platform.processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **environment(),
         "numpy": np.__version__,
-        "threads": torch.get_num_threads(),
         "commit": commit.stdout.strip(),
-        "load_average": Path("/proc/loadavg").read_text().split()[0],
+        "load_average": os.getloadavg()[0],
         "structurednets": SSSApproximator is not None,
     }
 
@@ -234,7 +232,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     result = {
-        "environment": environment(),
+        "environment": surroundings(),
         "fit": fits(10, arguments.repeats),
         "search": searches(arguments.reference_search),
         "forward": forwards(30 * arguments.repeats),

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weft.measure import environment
 from weft.numerics.palm4msa import SparseFactorisation, hierarchical, palm4msa, refit, splitting
 from weft.structures.base import DenseGram, Gram, Structure, relative_error
 from weft.structures.low_rank import LowRank
@@ -259,22 +259,19 @@ def _classifier_row(structure: Structure, weight: Tensor, gram: Gram, grams: dic
     }
 
 
-def environment() -> dict[str, object]:
+def surroundings() -> dict[str, object]:
+    """Machine and versions as everywhere, and what else bears on these figures."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     try:
         pyfaust_version = version("pyfaust")
     except PackageNotFoundError:
         pyfaust_version = None
     return {
-        "machine": cpu[0].split(":", 1)[1].strip() if cpu else platform.processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **environment(),
         "numpy": np.__version__,
         "pyfaust": pyfaust_version,
-        "threads": torch.get_num_threads(),
         "commit": commit.stdout.strip(),
-        "load_average": Path("/proc/loadavg").read_text().split()[0],
+        "load_average": os.getloadavg()[0],
     }
 
 
@@ -301,7 +298,7 @@ def main() -> None:
     # Parts that were not asked for stay as an earlier run left them.
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for part in arguments.parts:
-        result[part] = {"environment": environment(), "rows": parts[part](arguments.repeats)}
+        result[part] = {"environment": surroundings(), "rows": parts[part](arguments.repeats)}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {arguments.out}")

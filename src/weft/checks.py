@@ -201,6 +201,25 @@ def last_dimension(x: Tensor, inputs: int) -> None:
         raise ValueError(fault("x", expected, tuple(x.shape), f"pass vectors of length {inputs} last"))
 
 
+def missing_and_surplus(got: Collection[str], expected: Collection[str]) -> list[str]:
+    """Words what is missing among names, and what is there too much.
+
+    Args:
+        got: the names that came.
+        expected: the names that are needed.
+
+    Returns:
+        Up to two parts of a message; none where the names agree.
+
+    Examples:
+        >>> missing_and_surplus(["left", "other"], ["left", "right"])
+        ['missing: right', 'surplus: other']
+    """
+    missing, surplus = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
+    words = (("missing", missing), ("surplus", surplus))
+    return [f"{word}: {', '.join(names)}" for word, names in words if names]
+
+
 def tensor_names(got: Collection[str], expected: Collection[str], owner: str) -> None:
     """Checks that stored tensors are there by name, none missing and none surplus.
 
@@ -217,14 +236,8 @@ def tensor_names(got: Collection[str], expected: Collection[str], owner: str) ->
         Traceback (most recent call last):
         ValueError: tensors of LowRank(rank=2) must be left, right, got left; missing: right; reload or refit
     """
-    missing = sorted(set(expected) - set(got))
-    surplus = sorted(set(got) - set(expected))
-    if missing or surplus:
-        parts = [
-            f"{word}: {', '.join(names)}"
-            for word, names in (("missing", missing), ("surplus", surplus))
-            if names
-        ]
+    parts = missing_and_surplus(got, expected)
+    if parts:
         listed = ", ".join(sorted(got)) or "none"
         wanted = ", ".join(sorted(expected)) or "none"
         raise ValueError(fault(f"tensors of {owner}", wanted, listed, "; ".join([*parts, "reload or refit"])))

@@ -99,7 +99,7 @@ def survey_command(
 ) -> None:
     """Lists a network's layers with their costs, and measures what flows through them."""
     network = load_model(model, weights)
-    found = _survey(network, data, samples, batch_size, fisher)
+    found = _survey(network, _load_data(data), samples, batch_size, fisher)
     _print_survey(found)
     found.save(output, source=model, weights=_text(weights))
     console.print(f"wrote {output}")
@@ -170,16 +170,17 @@ def compress_command(
         plan = Plan.load(model)
         network, found, _ = _read_survey(Path(record["survey"]))
         source, weights_file = record["source"], record["weights"]
+        loaded = _load_data(data)
     else:
         if budget is None:
             remedy = "e.g. --budget bytes=0.25"
             raise ValueError(checks.fault("--budget", "given with a model", "none", remedy))
         limits = Budget.parse(budget)
         network = load_model(model, weights)
-        found = _survey(network, data, samples, batch_size, fisher)
+        loaded = _load_data(data)
+        found = _survey(network, loaded, samples, batch_size, fisher)
         plan = allocate(found, chosen, limits, method=method)
         source, weights_file = model, _text(weights)
-    loaded = None if data is None else load_data(data)
     calibration = (
         None if loaded is None else loaded.inputs("calibration", batch_size=batch_size, limit=samples)
     )
@@ -381,12 +382,16 @@ def demo_command(
 # ----------------------------------------------------------------------------------------------------
 
 
-def _survey(network: nn.Module, data: str | None, samples: int, batch_size: int, fisher: bool) -> Survey:
+def _load_data(source: str | None) -> Data | None:
+    return None if source is None else load_data(source)
+
+
+def _survey(network: nn.Module, data: Data | None, samples: int, batch_size: int, fisher: bool) -> Survey:
     if data is None:
         if fisher:
             raise ValueError(checks.fault("--data", "given with --fisher", "none", "add --data"))
         return survey(network)
-    batches = load_data(data).inputs("calibration", batch_size=batch_size, limit=samples)
+    batches = data.inputs("calibration", batch_size=batch_size, limit=samples)
     return survey(network, batches, teacher=network if fisher else None)
 
 

@@ -314,13 +314,8 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[st
     places = model.state_dict(keep_vars=True)
     remedy = "load it into the network it was made from"
     given = {**{name: name for name in tensors}, **aliases}
-    missing, surplus = sorted(set(places) - set(given)), sorted(set(given) - set(places))
-    if missing or surplus:
-        parts = [
-            f"{word}: {', '.join(names)}"
-            for word, names in (("missing", missing), ("surplus", surplus))
-            if names
-        ]
+    parts = checks.missing_and_surplus(given, places)
+    if parts:
         raise ValueError(checks.fault(f"tensors {owner}", "those of the model", "; ".join(parts), remedy))
     for name, place in places.items():
         stored = tensors[given[name]]

@@ -11,7 +11,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-__all__ = ["calls_operation", "native", "route", "takes_raw_pointers"]
+__all__ = ["calls_operation", "native", "needs_plain_operations", "route", "takes_raw_pointers"]
 
 
 def _load() -> tuple[Any, str]:
@@ -64,15 +64,25 @@ _tracing_state = torch._C._get_tracing_state
 _float32 = torch.float32
 
 
+def _traced_or_transformed() -> bool:
+    """Whether a tracer, a functorch transform or forward-mode differentiation looks at an eager call."""
+    return _functorch_level() is not None or _tracing_state() is not None or forward_ad._current_level >= 0
+
+
 def _outside_plain_eager() -> bool:
     """Whether a tracer, transform or mode stands between an eager call and the tensors' memory."""
-    return (
-        _dispatch_modes() > 0
-        or _functorch_level() is not None
-        or _tracing_state() is not None
-        or _any_autocast()
-        or forward_ad._current_level >= 0
-    )
+    return _dispatch_modes() > 0 or _traced_or_transformed() or _any_autocast()
+
+
+def needs_plain_operations() -> bool:
+    """Whether a call must be composed of operations that every exporter, tracer and transform knows.
+
+    Returns:
+        False in eager calls and under a compiler, where a custom autograd function serves as well.
+    """
+    if _is_compiling():
+        return torch.compiler.is_exporting()
+    return _traced_or_transformed()
 
 
 def calls_operation(x: Tensor) -> bool:

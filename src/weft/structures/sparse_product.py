@@ -12,11 +12,10 @@ from typing import ClassVar, NamedTuple, Self, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from weft import checks
+from weft.kernels.dispatch import needs_plain_operations
 from weft.numerics.gram import DiagonalGram, squared_error
 from weft.numerics.palm4msa import Metric, SparseFactorisation, hierarchical, palm4msa, refit, splitting
 from weft.structures.base import (
@@ -267,20 +266,9 @@ class _Support(NamedTuple):
         return _Support(size, *by_column, inverse, self.columns, self.starts)
 
 
-def _needs_plain_operations() -> bool:
-    """Whether an exporter, tracer, functorch transform or forward-mode derivative looks at the operations."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return (
-        torch._C._get_tracing_state() is not None
-        or peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
 def _apply_factor(values: Tensor, x: Tensor, support: _Support) -> Tensor:
     """S X: (columns, batch) -> (rows, batch)."""
-    if _needs_plain_operations():
+    if needs_plain_operations():
         return _gather_and_add(values, x, support)
     return _ApplyFactor.apply(values, x, *support)
 
