@@ -18,6 +18,7 @@ import weft
 from tests.examples import Example, each_example
 from weft.layers.base import StructuredLayer, harden, relax
 from weft.layers.convolution import StructuredConvolution, geometry_of
+from weft.layers.embedding import StructuredEmbedding
 from weft.layers.linear import StructuredLinear
 from weft.layers.replace import refusal, replace_layer, structured_layer
 from weft.structures.base import Shape, StructuredMatrix, matrix_shape
@@ -446,7 +447,7 @@ def test_other_modules_have_no_reason_and_plain_subclasses_none() -> None:
     for module in (
         nn.ReLU(),
         nn.BatchNorm2d(3),
-        nn.Embedding(3, 4),
+        nn.EmbeddingBag(3, 4),
         nn.LSTM(3, 4),
         nn.Sequential(nn.Linear(2, 2)),
     ):
@@ -470,6 +471,29 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
             ValueError, match="input must be of shape \\(batch, 4, \\*space\\) with 2 spatial axes"
         ):
             layer(torch.zeros(shape))
+
+
+def test_an_embedding_looks_rows_up_in_the_structured_table() -> None:
+    dense = nn.Embedding(6, 4, padding_idx=2)
+    layer = structured_layer(dense, LowRank(4).fit(dense.weight))
+    indices = torch.tensor([[0, 5], [2, 2]])
+    assert isinstance(layer, StructuredEmbedding)
+    torch.testing.assert_close(layer(indices), dense(indices))
+    assert layer(indices[:0]).shape == (0, 2, 4)
+    assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (6, 4, 2)
+    torch.testing.assert_close(layer.weight + 0, dense.weight.detach())
+    with pytest.raises(TypeError, match="input must be integers, got torch.float32"):
+        layer(torch.zeros(3))
+
+
+def test_a_table_shared_with_a_head_becomes_one_matrix() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
+    model[1].weight = model[0].weight
+    x = torch.tensor([0, 5, 3])
+    before = model(x).detach()
+    small = replace_layer(model, ["0", "1"], LowRank(4).fit(model[0].weight))
+    assert small[0].matrix is small[1].matrix
+    torch.testing.assert_close(small(x), before)
 
 
 class Coded(StructuredMatrix):

@@ -469,3 +469,16 @@ def test_what_cannot_be_trained_is_refused() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FineTune(**options)
+
+
+def test_rows_that_are_looked_up_often_are_fitted_better() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 16), nn.Flatten(), nn.Linear(16, 3))
+    often = torch.randint(8, (400, 1))
+    rarely = torch.arange(40)[:, None]
+    found = weft.survey(model, [torch.cat([often, rarely])], shown=False)
+    small = weft.compress(model, {"0": LowRank(4)}, found).model
+    plain = weft.compress(model, {"0": LowRank(4)}).model
+    with torch.no_grad():
+        errors = [(net[0](often) - model[0](often)).norm() for net in (small, plain)]
+    assert errors[0] < 0.8 * errors[1]

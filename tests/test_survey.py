@@ -138,10 +138,48 @@ class Places(nn.Module):
 def test_shared_weights_are_one_entry_and_weights_shared_with_others_stay_dense() -> None:
     found = survey_of(Places())
     assert {name: layer.names for name, layer in found.layers.items()} == {
-        "first": ("first", "again", "tied")
+        "embedding": ("embedding", "head"),
+        "first": ("first", "again", "tied"),
     }
-    assert found.left_dense["head"] == "its weight is shared with embedding"
     assert found.left_dense["alone"].startswith("its weight is shared with")
+
+
+def test_an_embedding_is_measured_by_how_often_rows_are_looked_up() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 2))
+    found = survey_of(model, [torch.tensor([[0, 1], [1, 1]]), torch.tensor([[4, 1]])])
+    table = found.layers["0"]
+    assert table.lookup
+    assert table.input_gram is None
+    assert table.applications == 2
+    assert table.cost == Cost(20, 80, 0)
+    assert isinstance(table.output_gram, DiagonalGram)
+    assert torch.equal(table.output_gram.moment, torch.tensor([1, 4, 0, 0, 1], dtype=torch.float64) / 6)
+    assert found.total.multiply_adds == 16
+
+
+def test_an_embeddings_gradient_measures_its_columns() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(4, 2))
+    batch = torch.tensor([[0], [1], [1]])
+
+    def loss(output: Tensor, _: object) -> Tensor:
+        return output[:, 0].mean()  # its gradient at every looked-up row is the head's first row
+
+    found = survey_of(model, [batch], loss=loss, shrinkage=0.0, shown=False)
+    row = model[2].weight[0].detach().double()
+    table = found.layers["0"]
+    assert isinstance(table.input_gram, DenseGram)
+    torch.testing.assert_close(table.input_gram.moment, torch.outer(row, row), rtol=1e-5, atol=1e-7)
+    assert isinstance(table.output_gram, DiagonalGram)
+
+
+def test_a_table_shared_with_a_head_is_measured_by_the_heads_input() -> None:
+    model = Places()
+    found = survey_of(model, [torch.tensor([0, 3, 6])])
+    entry = found.layers["embedding"]
+    assert not entry.lookup
+    assert isinstance(entry.input_gram, DenseGram)
+    assert entry.applications == 1
+    assert entry.output_gram is None
 
 
 def test_what_stays_dense_says_why() -> None:
@@ -156,6 +194,7 @@ def test_what_stays_dense_says_why() -> None:
         "normed": parametrizations.weight_norm(nn.Linear(4, 4)),
         "lazy": nn.LazyLinear(4),
         "own": Own(4, 4),
+        "bounded": nn.Embedding(4, 4, max_norm=1.0),
         "empty": nn.Linear(0, 4),
     })
     layers, left_dense = find_layers(model)
@@ -163,6 +202,7 @@ def test_what_stays_dense_says_why() -> None:
     reasons = {
         "attention.out_proj": "nn.MultiheadAttention reads its weight",
         "transposed": "ConvTranspose2d is not supported yet",
+        "bounded": "its max_norm changes rows",
         "normed": "computed by a parametrisation",
         "lazy": "it is lazy",
         "own": "Own computes in its own way",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from weft import checks
-from weft.layers.replace import dense_weight, geometry_of_layer, refusal
+from weft.layers.replace import dense_weight, geometry_of_layer, looks_up, refusal
 from weft.measure import (
     Batch,
     batch_size,
@@ -64,8 +64,10 @@ class LayerSurvey:
             *kernel).
         geometry: the convolution's, its input size known after a survey with batches; None for a linear
             layer.
-        applications: how often the matrix is applied to a vector per sample, on average; 0 where no data came
-            by.
+        applications: how often the matrix is applied to a vector (a row of an embedding looked up) per
+            sample, on average; 0 where no data came by.
+        lookup: whether rows are looked up, in an embedding that no linear layer shares. Its output Gram holds
+            how often; its input Gram, with `loss` or `teacher`, what the entries of a row matter.
         input_gram: the metric on inputs (patches for a convolution); None without batches.
         output_gram: the metric on outputs; None without `loss` or `teacher`.
         mean_input: the mean input vector (patch); None without batches.
@@ -77,6 +79,7 @@ class LayerSurvey:
     weight: Tensor = field(repr=False, compare=False)
     geometry: Geometry | None = None
     applications: float = 0.0
+    lookup: bool = False
     input_gram: Gram | None = field(default=None, repr=False, compare=False)
     output_gram: Gram | None = field(default=None, repr=False, compare=False)
     mean_input: Tensor | None = field(default=None, repr=False, compare=False)
@@ -98,7 +101,8 @@ class LayerSurvey:
     def cost(self) -> Cost:
         """The dense weight's cost; multiply-adds per sample, 0 where no data came by."""
         count = self.weight.numel()
-        return Cost(count, count * self.weight.element_size(), round(count * self.applications))
+        products = 0 if self.lookup else round(count * self.applications)
+        return Cost(count, count * self.weight.element_size(), products)
 
     def per_sample(self, cost: Cost) -> Cost:
         """A structure's cost in this layer.
@@ -107,9 +111,10 @@ class LayerSurvey:
             cost: as `StructuredMatrix.cost(geometry)` gives it, with this layer's geometry.
 
         Returns:
-            The same with multiply-adds per sample of the network.
+            The same with multiply-adds per sample of the network; 0 for a lookup, whose few rows are formed
+            at a cost that no family states. `measure` counts them.
         """
-        return replace(cost, multiply_adds=round(cost.multiply_adds * self.calls))
+        return replace(cost, multiply_adds=0 if self.lookup else round(cost.multiply_adds * self.calls))
 
 
 @dataclass(frozen=True)
@@ -312,7 +317,9 @@ def find_layers(model: nn.Module) -> tuple[dict[str, LayerSurvey], dict[str, str
         if weight is None:
             continue
         geometry = geometry_of_layer(modules[0])
-        kinds = {type(module) for module in modules}
+        lookup = all(map(looks_up, modules))
+        # An embedding's table may be a linear layer's weight, as in language models.
+        kinds = {nn.Linear if looks_up(module) else type(module) for module in modules}
         if id(weight) in owners:
             for name in names:
                 left_dense[name] = f"its weight is shared with {owners[id(weight)]}"
@@ -325,7 +332,7 @@ def find_layers(model: nn.Module) -> tuple[dict[str, LayerSurvey], dict[str, str
         elif 0 in weight.shape:
             left_dense[names[0]] = f"its weight is empty: {tuple(weight.shape)}"
         else:
-            layers[names[0]] = LayerSurvey(names[0], tuple(names), weight.detach(), geometry)
+            layers[names[0]] = LayerSurvey(names[0], tuple(names), weight.detach(), geometry, lookup=lookup)
     return layers, left_dense
 
 
@@ -366,9 +373,12 @@ class _Moments:
         outputs, inputs = matrix_shape(layer.shape)
         groups = 1 if layer.geometry is None else layer.geometry.groups
         self.diagonal = inputs > WIDEST_DENSE_GRAM
-        self.input_moment = spill.zeros((groups, inputs) if self.diagonal else (groups, inputs, inputs))
+        self.input_moment = None
+        if with_outputs or not layer.lookup:
+            self.input_moment = spill.zeros((groups, inputs) if self.diagonal else (groups, inputs, inputs))
+        self.lookups = torch.zeros(outputs, dtype=torch.int64) if layer.lookup else None
         self.output_moment = None
-        if with_outputs:
+        if with_outputs and not layer.lookup:
             self.wide_output = outputs > WIDEST_DENSE_GRAM
             self.output_moment = spill.zeros((outputs,) if self.wide_output else (outputs, outputs))
         self.input_sum = torch.zeros(groups, inputs, dtype=torch.float64)
@@ -402,16 +412,28 @@ class _Moments:
             raise ValueError(
                 checks.fault(f"inputs of layer {self.layer.name}", "finite", "NaN or infinite", remedy)
             )
-        moment = vectors.square().sum(1) if self.diagonal else vectors.mT @ vectors
-        self.input_moment += moment.to(device="cpu", dtype=torch.float64)
+        self._add_input_moment(vectors)
         self.input_sum += vectors.sum(1).to(device="cpu", dtype=torch.float64)
         self.vectors += vectors.shape[1]
+
+    def _add_input_moment(self, vectors: Tensor) -> None:
+        moment = vectors.square().sum(1) if self.diagonal else vectors.mT @ vectors
+        if self.input_moment is not None:
+            self.input_moment += moment.to(device="cpu", dtype=torch.float64)
+
+    def add_lookups(self, indices: Tensor) -> None:
+        """Adds the rows of an embedding that were looked up."""
+        if self.lookups is not None:
+            self.lookups += torch.bincount(indices.flatten().cpu(), minlength=len(self.lookups))
+            self.vectors += indices.numel()
 
     def add_output(self, y: Tensor) -> None:
         self.output_sum += self._as_rows(y.detach()).to(torch.float64).sum(0).cpu()
 
     def add_output_gradient(self, gradient: Tensor, samples: int) -> None:
         rows = self._as_rows(gradient.detach()).float() * samples  # from the mean loss to each sample's own
+        if self.lookups is not None:  # an embedding's output is a row: its entries are the weight's columns
+            self._add_input_moment(rows.unsqueeze(0))
         if self.output_moment is None:
             return
         moment = rows.square().sum(0) if self.wide_output else rows.T @ rows
@@ -424,15 +446,25 @@ class _Moments:
 
     def finish(self, samples: int, shrinkage: float) -> LayerSurvey:
         count = max(1, self.vectors)
-        self.input_moment /= count
-        groups = len(self.input_moment)
-        if self.diagonal:
-            input_gram: Gram = DiagonalGram(self.input_moment.mean(0), shrinkage)
-        elif groups == 1:
-            input_gram = DenseGram(self.input_moment[0], shrinkage)
-        else:
-            input_gram = BlockDiagonalGram(self.input_moment, shrinkage)
+        groups = len(self.input_sum)
+        input_gram: Gram | None = None
+        if self.input_moment is not None:
+            self.input_moment /= count
+            if self.diagonal:
+                input_gram = DiagonalGram(self.input_moment.mean(0), shrinkage)
+            elif groups == 1:
+                input_gram = DenseGram(self.input_moment[0], shrinkage)
+            else:
+                input_gram = BlockDiagonalGram(self.input_moment, shrinkage)
         output_gram: Gram | None = None
+        if self.lookups is not None:
+            frequencies = self.lookups.double() / count
+            return replace(
+                self.layer,
+                applications=self.vectors / samples,
+                input_gram=input_gram,
+                output_gram=DiagonalGram(frequencies, shrinkage),
+            )
         if self.output_moment is not None:
             kind = DiagonalGram if self.wide_output else DenseGram
             output_gram = kind(self.output_moment.div_(count), shrinkage)
@@ -525,7 +557,7 @@ def survey(
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_dense.items())[:3])
         got = f"none in {type(model).__name__}" + (f" ({reasons})" if reasons else "")
-        remedy = "pass a model with nn.Linear or nn.Conv layers"
+        remedy = "pass a model with nn.Linear, nn.Embedding or nn.Conv layers"
         raise ValueError(checks.fault("model", "one with a layer that can be replaced", got, remedy))
     for layer in layers.values():
         checks.finite(f"weight of layer {layer.name}", layer.weight)
@@ -556,12 +588,19 @@ def _with_moments(
 
     def listen(own: _Moments, module: nn.Module) -> None:
         geometry = geometry_of_layer(module)
+        if looks_up(module) and not own.layer.lookup:
+            return  # a table that a linear layer shares is fitted for that layer
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            own.add_input(args[0] if args else kwargs["input"], geometry)
+            given = args[0] if args else kwargs["input"]
+            if own.layer.lookup:
+                own.add_lookups(given)
+            else:
+                own.add_input(given, geometry)
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            own.add_output(output)
+            if not own.layer.lookup:
+                own.add_output(output)
             if not backward:
                 return None
             # A copy goes on, so that an in-place activation does not change what was caught.
@@ -626,6 +665,7 @@ def _with_moments(
     more = sum(
         layer.weight.numel() * (layer.applications - applications_in_first[name])
         for name, layer in reached.items()
+        if not layer.lookup
     )
     total = replace(total, multiply_adds=total.multiply_adds + round(more))
     return Survey(reached, left_dense, total, samples)

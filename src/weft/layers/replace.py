@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from weft import checks
 from weft.layers.base import StructuredLayer
 from weft.layers.convolution import CONVOLUTION_CLASSES, StructuredConvolution, geometry_of
+from weft.layers.embedding import StructuredEmbedding
 from weft.layers.linear import StructuredLinear
 from weft.structures.base import Geometry, StructuredMatrix
 
-_SUPPORTED: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTION_CLASSES)
+_SUPPORTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTION_CLASSES)
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -61,6 +62,8 @@ def refusal(module: nn.Module) -> str | None:
         return "it is lazy and has not seen an input yet"
     if weight is None or not weight.is_floating_point():
         return f"its weight is {None if weight is None else weight.dtype}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "its max_norm changes rows of the table as they are looked up"
     return None
 
 
@@ -125,16 +128,33 @@ def structured_layer(module: nn.Module, matrix: StructuredMatrix) -> StructuredL
         raise ValueError(checks.fault("layer", "one that can be replaced", type(module).__name__, remedy))
     checks.shape("matrix", matrix.shape, weight.shape, "fit the structure to this layer's weight")
     matrix.requires_grad_(weight.requires_grad).to(weight.device)
-    geometry = geometry_of_layer(module)
-    bias: Any = module.bias
-    layer = (
-        StructuredLinear(matrix, bias) if geometry is None else StructuredConvolution(matrix, geometry, bias)
-    )
+    layer = _around(matrix, module)
     layer.train(module.training)
     for kind in _HOOKS:
         getattr(layer, kind).update(getattr(module, kind))
     layer._is_full_backward_hook = module._is_full_backward_hook  # noqa: SLF001  (else torch passes them over)
     return layer
+
+
+def _around(matrix: StructuredMatrix, module: Any) -> StructuredLayer:
+    if isinstance(module, nn.Embedding):
+        return StructuredEmbedding(matrix, module.padding_idx)
+    geometry = geometry_of_layer(module)
+    if geometry is None:
+        return StructuredLinear(matrix, module.bias)
+    return StructuredConvolution(matrix, geometry, module.bias)
+
+
+def looks_up(module: nn.Module) -> bool:
+    """Whether a layer looks rows up instead of multiplying by its weight.
+
+    Args:
+        module: a dense or structured layer.
+
+    Returns:
+        True for embeddings.
+    """
+    return isinstance(module, nn.Embedding | StructuredEmbedding)
 
 
 def geometry_of_layer(module: nn.Module) -> Geometry | None:
