@@ -126,6 +126,22 @@ GEOMETRIES: Mapping[str, Geometry] = {
     "grouped": Geometry(
         stride=(1, 2), padding=((1, 1), (0, 0)), dilation=(1, 1), groups=2, input_size=(9, 10)
     ),
+    "transposed": Geometry(
+        stride=(2, 1),
+        padding=((1, 1), (0, 0)),
+        dilation=(1, 2),
+        input_size=(9, 10),
+        transposed=True,
+        output_padding=(1, 0),
+    ),
+    "transposed_grouped": Geometry(
+        stride=(1, 3),
+        padding=((0, 0), (1, 1)),
+        dilation=(1, 1),
+        groups=2,
+        input_size=(5, 4),
+        transposed=True,
+    ),
     "circular": Geometry(
         stride=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1), padding_mode="circular", input_size=(9, 10)
     ),

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,12 +21,14 @@ from weft.layers.base import StructuredLayer, harden, relax
 from weft.layers.convolution import StructuredConvolution, geometry_of
 from weft.layers.embedding import StructuredEmbedding
 from weft.layers.linear import StructuredLinear
-from weft.layers.replace import refusal, replace_layer, structured_layer
+from weft.layers.replace import dense_weight, refusal, replace_layer, structured_layer
+from weft.measure import network_cost
 from weft.structures.base import Shape, StructuredMatrix, matrix_shape
 from weft.structures.dense import Dense, DenseMatrix
 from weft.structures.low_rank import LowRank
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def full_rank(shape: Shape) -> LowRank:
@@ -97,6 +100,78 @@ def test_a_convolution_computes_what_the_dense_one_did(
     assert layer.geometry.output_size(layer.kernel_size, x.shape[-len(layer.kernel_size) :]) == tuple(
         module(x).shape[-len(layer.kernel_size) :]
     )
+
+
+@st.composite
+def transposed_convolutions(draw: Any) -> tuple[nn.Module, Tensor]:
+    """A dense transposed convolution of any geometry and an input that it takes."""
+    space = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+
+    def per_axis(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(space))
+
+    kernel, dilation, stride = per_axis(1, 3), per_axis(1, 2), per_axis(1, 3)
+    module = TRANSPOSED[space](
+        groups * draw(st.integers(1, 3)),
+        groups * draw(st.integers(1, 3)),
+        kernel,
+        stride=stride,
+        padding=per_axis(0, 2),
+        output_padding=tuple(
+            draw(st.integers(0, max(step, spacing) - 1))
+            for step, spacing in zip(stride, dilation, strict=True)
+        ),
+        groups=groups,
+        bias=draw(st.booleans()),
+        dilation=dilation,
+        dtype=torch.float64,
+    )
+    batch = draw(st.sampled_from([(), (1,), (2,)]))
+    return module, torch.randn(*batch, module.in_channels, *per_axis(5, 6), dtype=torch.float64)
+
+
+@given(transposed_convolutions(), st.booleans())
+@settings(deadline=None, max_examples=80)
+def test_a_transposed_convolution_computes_what_the_dense_one_did(
+    case: tuple[nn.Module, Tensor], factored: bool
+) -> None:
+    module, x = case
+    kernel = dense_weight(module)
+    layer = structured_layer(module, (full_rank(kernel.shape) if factored else Dense()).fit(kernel))
+    expected = module(x)
+    torch.testing.assert_close(layer(x), expected)
+    space = tuple(x.shape[-len(layer.kernel_size) :])
+    assert layer.geometry.output_size(layer.kernel_size, space) == tuple(expected.shape[-len(space) :])
+    assert layer.weight.shape == module.weight.shape
+    torch.testing.assert_close(layer.weight.clone(), module.weight.detach())
+
+
+def test_a_transposed_convolution_takes_an_output_size() -> None:
+    module = nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, dtype=torch.float64)
+    kernel = dense_weight(module)
+    layer = structured_layer(module, full_rank(kernel.shape).fit(kernel))
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    for size in ((9, 11), (10, 11), (9, 12)):
+        torch.testing.assert_close(layer(x, output_size=size), module(x, output_size=size))
+    expected = r"output_size must be between \(9, 11\) and \(10, 12\), got \(11, 11\)"
+    with pytest.raises(ValueError, match=expected):
+        layer(x, output_size=(11, 11))
+
+
+def test_a_transposed_convolution_goes_through_survey_compression_and_storage(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3, stride=2))
+    batches = [torch.randn(4, 2, 9, 9)]
+    survey = weft.survey(model, batches)
+    small, log = weft.compress(model, {"2": LowRank(3)}, survey, batches=batches)
+    layer = survey.layers["2"]
+    assert layer.shape == (4, 6, 3, 3)
+    assert layer.cost.multiply_adds == 6 * 4 * 9 * 16  # once per input position
+    # The first factor meets every input position, the second every output position.
+    assert log[0]["multiply_adds"] == 3 * 6 * 9 * 16 + 4 * 3 * 81
+    assert network_cost(small[2], torch.randn(1, 6, 4, 4)).multiply_adds == log[0]["multiply_adds"]
+    again = weft.load(weft.save(small, tmp_path / "small.safetensors"), model=model)
+    assert torch.equal(again(batches[0]), small(batches[0]))
 
 
 @each_example
@@ -431,7 +506,7 @@ def patched() -> nn.Linear:
         (prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5), "computed by a parametrisation"),
         (nn.LazyLinear(4), "it is lazy"),
         (nn.LazyConv2d(4, 3), "it is lazy"),
-        (nn.ConvTranspose2d(3, 4, 2), "ConvTranspose2d is not supported yet"),
+        (nn.LazyConvTranspose2d(4, 3), "it is lazy"),
         (nn.Linear(3, 4, dtype=torch.complex64), "its weight is torch.complex64"),
         (StructuredLinear(LowRank(1).fit(torch.ones(3, 4))), "it is compressed already"),
     ],

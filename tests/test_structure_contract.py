@@ -27,6 +27,7 @@ from weft.structures.base import (
     BlockDiagonalGram,
     DenseGram,
     DiagonalGram,
+    Geometry,
     Gram,
     Shape,
     StructuredMatrix,
@@ -64,6 +65,37 @@ def member_of(example: Example, shape: Shape, dtype: torch.dtype = torch.float32
 @functools.cache
 def _fitted(index: int, shape: Shape, dtype: torch.dtype) -> StructuredMatrix:
     return EXAMPLES[index].structure(shape).fit(random_weight(shape, dtype))
+
+
+def dense_convolution(x: Tensor, kernel: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """torch's own convolution, by a route that shares nothing with `Geometry.convolve`."""
+    kinds = {(1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d}
+    kinds |= {(1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d}
+    groups, more = geometry.groups, {}
+    channels = kernel.shape[1] * groups
+    padding = tuple(before for before, _ in geometry.padding)
+    if geometry.transposed:
+        own = torch.stack(kernel.chunk(groups)).transpose(1, 2).reshape(channels, -1, *kernel.shape[2:])
+        more = {"output_padding": geometry.output_padding or 0}
+    else:
+        own = kernel
+        sides = [side for pair in reversed(geometry.padding) for side in pair]
+        mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+        x, padding = F.pad(x, sides, mode=mode), 0
+    module = kinds[len(geometry.stride), geometry.transposed](
+        channels,
+        len(kernel),
+        tuple(kernel.shape[2:]),
+        geometry.stride,
+        padding,
+        dilation=geometry.dilation,
+        groups=groups,
+        bias=bias is not None,
+        dtype=x.dtype,
+        **more,
+    )
+    parameters = {"weight": own} if bias is None else {"weight": own, "bias": bias}
+    return torch.func.functional_call(module, parameters, (x,))
 
 
 def relative_difference(got: Tensor, expected: Tensor) -> float:
@@ -109,7 +141,7 @@ def test_affine_adds_the_bias(example: Example, shape: Shape) -> None:
 @each_example
 @each_convolution_shape
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_convolve_equals_the_dense_convolution(example: Example, shape: Shape, geometry: object) -> None:
+def test_convolve_equals_the_dense_convolution(example: Example, shape: Shape, geometry: Geometry) -> None:
     structure = example.structure(shape)
     if shape[0] % geometry.groups:
         pytest.skip("no grouped convolution has this many outputs")
@@ -118,12 +150,55 @@ def test_convolve_equals_the_dense_convolution(example: Example, shape: Shape, g
     member = structure.fit(random_weight(shape, torch.float64))
     x = torch.randn(2, shape[1] * geometry.groups, *geometry.input_size, dtype=torch.float64)
     bias = torch.randn(shape[0], dtype=torch.float64)
-    padded, padding = geometry.pad(x)
-    expected = F.conv2d(
-        padded, member.to_dense(), bias, geometry.stride, padding, geometry.dilation, geometry.groups
-    )
+    expected = dense_convolution(x, member.to_dense(), bias, geometry)
     assert expected.shape[2:] == geometry.output_size(shape[2:])
     torch.testing.assert_close(member.convolve(x, geometry, bias), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # other routes may be open here, and the second call may find what the first kept
+        for _ in range(2):
+            got = member.eval().convolve(x, geometry, bias)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@each_example
+@pytest.mark.parametrize("space", [1, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolve_in_other_dimensions(example: Example, space: int, groups: int, transposed: bool) -> None:
+    shape = (6, 4, *(3, 1, 2)[:space])
+    geometry = Geometry(
+        (2,) * space, ((1, 1),) * space, (1,) * space, groups, input_size=(5,) * space, transposed=transposed
+    )
+    structure = example.structure(shape)
+    if structure.refusal(shape, geometry) is not None:
+        pytest.skip("the family refuses this convolution, and says so")
+    member = structure.fit(random_weight(shape, torch.float64)).eval()
+    x = torch.randn(2, 4 * groups, *geometry.input_size, dtype=torch.float64)
+    bias = torch.randn(6, dtype=torch.float64)
+    expected = dense_convolution(x, member.to_dense(), bias, geometry)
+    torch.testing.assert_close(member.convolve(x, geometry, bias), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(member.convolve(x, geometry, bias), expected, rtol=1e-5, atol=1e-5)
+    assert member.multiply_adds(geometry) > 0
+
+
+@each_example
+def test_a_convolution_follows_its_tensors_when_they_change(example: Example) -> None:
+    shape, geometry = (8, 4, 3, 3), GEOMETRIES["plain"]
+    member = member_of(example, shape, torch.float64).eval()
+    x = torch.randn(2, 4, 9, 10, dtype=torch.float64)
+    with torch.no_grad():
+        before = member.convolve(x, geometry)
+        for parameter in member.parameters():
+            parameter.mul_(1.5)
+        after = member.convolve(x, geometry)
+        torch.testing.assert_close(after, dense_convolution(x, member.to_dense(), None, geometry))
+        assert not torch.allclose(after, before)
+        again = copy.deepcopy(member)
+        assert set(again.state_dict()) == set(member.state_dict())
+        assert torch.equal(again.convolve(x, geometry), after)
+    x.requires_grad_()
+    member.convolve(x, geometry).square().sum().backward()  # those of the tensors themselves
+    assert all(parameter.grad is not None for parameter in member.parameters())
 
 
 @each_example

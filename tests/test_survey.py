@@ -19,10 +19,11 @@ from torch.nn.utils import parametrizations
 
 import weft
 from weft import survey as survey_of
+from weft.layers.convolution import geometry_of
 from weft.numerics.gram import BlockDiagonalGram, DenseGram, DiagonalGram
 from weft.structures.base import Cost
 from weft.structures.low_rank import LowRank
-from weft.survey import Survey, find_layers, patches
+from weft.survey import Survey, find_layers, patches, patches_in_pieces
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -190,7 +191,6 @@ def test_what_stays_dense_says_why() -> None:
     model = nn.ModuleDict({
         "plain": nn.Linear(4, 4),
         "attention": nn.MultiheadAttention(4, 2),
-        "transposed": nn.ConvTranspose2d(3, 4, 2),
         "normed": parametrizations.weight_norm(nn.Linear(4, 4)),
         "lazy": nn.LazyLinear(4),
         "own": Own(4, 4),
@@ -201,7 +201,6 @@ def test_what_stays_dense_says_why() -> None:
     assert list(layers) == ["plain"]
     reasons = {
         "attention.out_proj": "nn.MultiheadAttention reads its weight",
-        "transposed": "ConvTranspose2d is not supported yet",
         "bounded": "its max_norm changes rows",
         "normed": "computed by a parametrisation",
         "lazy": "it is lazy",
@@ -321,6 +320,45 @@ def test_other_spatial_dimensions_have_moments_too(make: type) -> None:
     torch.testing.assert_close(outputs, module(x).movedim(1, -1).flatten(0, space))
     assert layer.input_gram is not None
     assert_moment(layer.input_gram.moment, vectors)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("make", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+def test_a_transposed_convolutions_matrix_applied_to_its_patches_is_the_convolution(
+    make: type, groups: int
+) -> None:
+    module = make(
+        4, 6, 3, stride=2, padding=1, output_padding=1, groups=groups, dilation=2, dtype=torch.float64
+    )
+    space = len(module.kernel_size)
+    x = torch.randn(2, 4, *range(3, 3 + space), dtype=torch.float64)
+    found = survey_of(module, [x], shrinkage=0.0)
+    layer = found.layers[""]
+    assert layer.geometry is not None
+    vectors = patches(x, module.kernel_size, layer.geometry)
+    outputs = (vectors @ layer.weight.flatten(1).unflatten(0, (groups, -1)).mT).permute(1, 0, 2).flatten(1)
+    expected = module(x).movedim(1, -1).flatten(0, space)
+    torch.testing.assert_close(outputs + module.bias, expected)
+    blocks = [moment(part) for part in vectors]
+    got = layer.input_gram
+    assert got is not None
+    torch.testing.assert_close(got.moment, blocks[0] if groups == 1 else torch.stack(blocks))
+    # The kernel is applied once per input position, as torch's counter has it too.
+    assert layer.applications == math.prod(x.shape[2:])
+    assert layer.cost.multiply_adds == found.total.multiply_adds
+
+
+@pytest.mark.parametrize("make", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("numbers", [1, 300, 10**6])
+def test_patches_in_pieces_are_the_patches_and_small(make: type, numbers: int) -> None:
+    module = make(4, 6, 3, stride=2, padding=2, dilation=2, groups=2)
+    space = len(module.kernel_size)
+    x = torch.randn(3, 4, *(7,) * space)
+    geometry = geometry_of(module)
+    pieces = list(patches_in_pieces(x, module.kernel_size, geometry, numbers))
+    assert torch.equal(torch.cat(pieces, 1), patches(x, module.kernel_size, geometry))
+    row = 4 * 3**space * math.prod(geometry.output_size(module.kernel_size, x.shape[2:])[1:])
+    assert all(piece.numel() <= max(row, numbers) for piece in pieces)
 
 
 def test_wide_inputs_get_a_diagonal_gram(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -602,8 +640,8 @@ def test_models_without_layers_are_refused() -> None:
         ValueError, match="model must be one with a layer that can be replaced, got none in ReLU"
     ):
         survey_of(nn.ReLU())
-    with pytest.raises(ValueError, match="ConvTranspose1d is not supported yet"):
-        survey_of(nn.Sequential(nn.ConvTranspose1d(2, 3, 1)))
+    with pytest.raises(ValueError, match="it is lazy"):
+        survey_of(nn.Sequential(nn.LazyConvTranspose1d(3, 1)))
 
 
 def test_arguments_that_do_not_go_together_are_refused(mixed: nn.Module) -> None:

@@ -320,9 +320,10 @@ def find_layers(model: nn.Module) -> tuple[dict[str, LayerSurvey], dict[str, str
         lookup = all(map(looks_up, modules))
         # An embedding's table may be a linear layer's weight, as in language models.
         kinds = {nn.Linear if looks_up(module) else type(module) for module in modules}
-        if id(weight) in owners:
+        owner = owners.get(id(modules[0].weight))  # a transposed kernel itself is a view
+        if owner is not None:
             for name in names:
-                left_dense[name] = f"its weight is shared with {owners[id(weight)]}"
+                left_dense[name] = f"its weight is shared with {owner}"
         elif len(kinds) > 1:
             for name in names:
                 left_dense[name] = f"its weight is shared by layers of different kinds: {', '.join(names)}"
@@ -341,7 +342,7 @@ def find_layers(model: nn.Module) -> tuple[dict[str, LayerSurvey], dict[str, str
 
 
 def patches(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
-    """The input vectors that a convolution's matrix is applied to.
+    """The input vectors that a convolution's matrix is applied to, one per output position.
 
     Args:
         x: images, shape (batch, channels, *space).
@@ -351,14 +352,65 @@ def patches(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
     Returns:
         Shape (groups, batch · positions, channels / groups · kernel), in the order of `weight.flatten(1)`.
     """
+    return _patches(*_plain_input(x, kernel, geometry), kernel, geometry)
+
+
+def patches_in_pieces(
+    x: Tensor, kernel: Sequence[int], geometry: Geometry, numbers: int = _PIECE
+) -> Iterator[Tensor]:
+    """The same input vectors, few at a time.
+
+    Args:
+        x: images, shape (batch, channels, *space).
+        kernel: the kernel's spatial size.
+        geometry: the convolution's.
+        numbers: how many numbers a piece may hold; it holds one row of one image's positions at least.
+
+    Yields:
+        Pieces like the result of `patches`.
+    """
+    size = geometry.output_size(kernel, x.shape[2:])
+    per_row = x.shape[1] * math.prod(kernel) * math.prod(size[1:])
+    images = numbers // max(1, per_row * size[0])
+    if images:
+        yield from (patches(part, kernel, geometry) for part in x.split(images))
+        return
+    rows, reach = max(1, numbers // per_row), geometry.dilation[0] * (kernel[0] - 1) + 1
+    for image in x.split(1):
+        whole, strides = _plain_input(image, kernel, geometry)
+        for first in range(0, size[0], rows):
+            count = min(rows, size[0] - first)
+            part = whole.narrow(2, first * strides[0], (count - 1) * strides[0] + reach)
+            yield _patches(part, strides, kernel, geometry)
+
+
+def _plain_input(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and strides with which the convolution needs no padding and is not transposed."""
+    if not geometry.transposed:
+        x, padding = geometry.pad(x)
+        if any(padding):
+            x = F.pad(x, [size for pad in reversed(padding) for size in (pad, pad)])
+        return x, geometry.stride
+    size = [(extent - 1) * stride + 1 for extent, stride in zip(x.shape[2:], geometry.stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *size)
+    spread[(..., *(slice(None, None, stride) for stride in geometry.stride))] = x
+    longer = geometry.output_padding or (0,) * len(kernel)
+    around = [
+        (spacing * (width - 1) - before, spacing * (width - 1) - after + more)
+        for (before, after), spacing, width, more in zip(
+            geometry.padding, geometry.dilation, kernel, longer, strict=True
+        )
+    ]
+    # Pads below zero cut off.
+    return F.pad(spread, [pad for pair in reversed(around) for pad in pair]), (1,) * len(kernel)
+
+
+def _patches(x: Tensor, strides: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> Tensor:
     space = len(kernel)
-    x, padding = geometry.pad(x)
-    if any(padding):
-        x = F.pad(x, [size for pad in reversed(padding) for size in (pad, pad)])
-    for axis, (width, stride, spacing) in enumerate(
-        zip(kernel, geometry.stride, geometry.dilation, strict=True)
-    ):
+    for axis, (width, stride, spacing) in enumerate(zip(kernel, strides, geometry.dilation, strict=True)):
         x = x.unfold(2 + axis, spacing * (width - 1) + 1, stride)[..., ::spacing]
+    if geometry.transposed:
+        x = x.flip(*range(-space, 0))  # the kernel meets the input turned round
     # (batch, channels, *positions, *kernel) -> (groups, batch, *positions, channels / groups, *kernel)
     x = x.unflatten(1, (geometry.groups, -1))
     order = [1, 0, *range(3, 3 + space), 2, *range(3 + space, 3 + 2 * space)]
@@ -384,6 +436,7 @@ class _Moments:
         self.input_sum = torch.zeros(groups, inputs, dtype=torch.float64)
         self.output_sum = torch.zeros(outputs, dtype=torch.float64)
         self.vectors = 0
+        self.applications = 0  # those of the kernel: fewer than vectors where it is transposed
         self.input_size: tuple[int, ...] | None = None
 
     def add_input(self, x: Tensor, geometry: Geometry | None) -> None:
@@ -391,6 +444,7 @@ class _Moments:
         _, inputs = matrix_shape(self.layer.shape)
         if geometry is None:
             vectors = x.reshape(-1, inputs)
+            self.applications += len(vectors)
             for piece in vectors.split(max(1, _PIECE // inputs)):
                 self._add_vectors(piece.unsqueeze(0))
             return
@@ -398,10 +452,9 @@ class _Moments:
         x = x if x.ndim == len(self.layer.shape) else x.unsqueeze(0)
         if geometry == self.layer.geometry:
             self.input_size = tuple(x.shape[2:])
-        positions = math.prod(geometry.output_size(kernel, x.shape[2:]))
-        images = max(1, _PIECE // (positions * inputs * geometry.groups))
-        for piece in x.split(images):
-            self._add_vectors(patches(piece, kernel, geometry))
+        self.applications += len(x) * replace(geometry, input_size=tuple(x.shape[2:])).positions(kernel)
+        for piece in patches_in_pieces(x, kernel, geometry):
+            self._add_vectors(piece)
 
     def _add_vectors(self, vectors: Tensor) -> None:
         """Adds vectors of shape (groups, count, inputs)."""
@@ -426,6 +479,7 @@ class _Moments:
         if self.lookups is not None:
             self.lookups += torch.bincount(indices.flatten().cpu(), minlength=len(self.lookups))
             self.vectors += indices.numel()
+            self.applications += indices.numel()
 
     def add_output(self, y: Tensor) -> None:
         self.output_sum += self._as_rows(y.detach()).to(torch.float64).sum(0).cpu()
@@ -461,7 +515,7 @@ class _Moments:
             frequencies = self.lookups.double() / count
             return replace(
                 self.layer,
-                applications=self.vectors / samples,
+                applications=self.applications / samples,
                 input_gram=input_gram,
                 output_gram=DiagonalGram(frequencies, shrinkage),
             )
@@ -474,7 +528,7 @@ class _Moments:
         return replace(
             self.layer,
             geometry=geometry,
-            applications=self.vectors / samples,
+            applications=self.applications / samples,
             input_gram=input_gram,
             output_gram=output_gram,
             mean_input=(self.input_sum / count).squeeze(0) if groups == 1 else self.input_sum / count,
@@ -644,7 +698,7 @@ def _with_moments(
                 samples += size
                 if first is None:
                     first = batch
-                    applications_in_first = {name: own.vectors / size for name, own in moments.items()}
+                    applications_in_first = {name: own.applications / size for name, own in moments.items()}
     finally:
         for handle in handles:
             handle.remove()

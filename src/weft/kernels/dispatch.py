@@ -11,7 +11,14 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-__all__ = ["calls_operation", "native", "needs_plain_operations", "route", "takes_raw_pointers"]
+__all__ = [
+    "calls_operation",
+    "in_plain_eager",
+    "native",
+    "needs_plain_operations",
+    "route",
+    "takes_raw_pointers",
+]
 
 
 def _load() -> tuple[Any, str]:
@@ -83,6 +90,16 @@ def needs_plain_operations() -> bool:
     if _is_compiling():
         return torch.compiler.is_exporting()
     return _traced_or_transformed()
+
+
+def in_plain_eager() -> bool:
+    """Whether a call is a plain eager one, whose intermediate results may be kept for later calls.
+
+    Returns:
+        False where a compiler, exporter, tracer, functorch transform, dispatch mode, autocast or forward-mode
+        differentiation takes part.
+    """
+    return not _is_compiling() and not _outside_plain_eager()
 
 
 def calls_operation(x: Tensor) -> bool:

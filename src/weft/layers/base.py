@@ -21,16 +21,17 @@ class DenseView(Tensor):
     tensors that override functions. Shape, dtype and device cost nothing; results are plain tensors.
 
     Args:
-        matrix: the weight.
+        layer: the layer whose weight it is.
     """
 
-    def __new__(cls, matrix: StructuredMatrix) -> "DenseView":
+    def __new__(cls, layer: "StructuredLayer") -> "DenseView":
+        matrix = layer.matrix
         stored = itertools.chain(matrix.parameters(), matrix.buffers())
         like = next((tensor for tensor in stored if tensor.is_floating_point()), torch.empty(0))
-        return cls._make_wrapper_subclass(cls, matrix.shape, dtype=like.dtype, device=like.device)
+        return cls._make_wrapper_subclass(cls, layer.weight_shape, dtype=like.dtype, device=like.device)
 
-    def __init__(self, matrix: StructuredMatrix) -> None:
-        self.matrix = matrix
+    def __init__(self, layer: "StructuredLayer") -> None:
+        self.layer = layer
 
     # Without it torch would take the class for one that overrides nothing, and fused paths would not step
     # aside.
@@ -54,7 +55,7 @@ class DenseView(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         def form(view: DenseView) -> Tensor:
-            return view.matrix.to_dense().detach()
+            return view.layer.form_weight().detach()
 
         return func(*tree_map_only(cls, form, args), **tree_map_only(cls, form, kwargs or {}))
 
@@ -90,8 +91,17 @@ class StructuredLayer(nn.Module, ABC):
     def weight(self) -> Tensor:
         """The dense weight in its own shape, formed when it is used; weft's own forward never asks for it."""
         if torch.compiler.is_dynamo_compiling():
-            return self.matrix.to_dense().detach().as_subclass(FormedDenseView)
-        return DenseView(self.matrix)
+            return self.form_weight().detach().as_subclass(FormedDenseView)
+        return DenseView(self)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape that the dense layer's weight had; here that of the matrix."""
+        return self.matrix.shape
+
+    def form_weight(self) -> Tensor:
+        """The dense weight as the dense layer had it."""
+        return self.matrix.to_dense()
 
 
 def relax(model: nn.Module) -> None:

@@ -7,10 +7,17 @@ from torch import Tensor, nn
 
 from weft import checks
 from weft.layers.base import StructuredLayer
-from weft.layers.convolution import CONVOLUTION_CLASSES, StructuredConvolution, geometry_of
+from weft.layers.convolution import (
+    CONVOLUTION_CLASSES,
+    Convolution,
+    StructuredConvolution,
+    StructuredTransposedConvolution,
+    TransposedConvolution,
+    geometry_of,
+)
 from weft.layers.embedding import StructuredEmbedding
 from weft.layers.linear import StructuredLinear
-from weft.structures.base import Geometry, StructuredMatrix
+from weft.structures.base import Geometry, StructuredMatrix, exchange_channels
 
 _SUPPORTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTION_CLASSES)
 _HOOKS = (
@@ -31,10 +38,17 @@ def dense_weight(module: nn.Module) -> Tensor | None:
         module: any module.
 
     Returns:
-        The weight parameter, or None where the layer cannot be replaced; `refusal` says why.
+        The weight as a structured matrix would have it: the parameter itself, or its view as (outputs,
+        channels / groups, *kernel) for a transposed convolution. None where the layer cannot be replaced;
+        `refusal` says why.
     """
     layer: Any = module
-    return None if refusal(module) is not None else layer.weight
+    if refusal(module) is not None:
+        return None
+    geometry = geometry_of_layer(module)
+    if geometry is None or not geometry.transposed:
+        return layer.weight
+    return exchange_channels(layer.weight, geometry.groups)
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -50,8 +64,6 @@ def refusal(module: nn.Module) -> str | None:
     if isinstance(module, StructuredLayer):
         return "it is compressed already"
     if not isinstance(module, _SUPPORTED):
-        if isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001  (the transposed and lazy ones)
-            return f"{type(module).__name__} is not supported yet"
         return ""
     if _computes_differently(module):
         return f"{type(module).__name__} computes in its own way"
@@ -70,7 +82,7 @@ def refusal(module: nn.Module) -> str | None:
 def _computes_differently(module: nn.Module) -> bool:
     """Whether a subclass, or a wrapper put on the instance, has changed how the layer computes."""
     plain = next(kind for kind in _SUPPORTED if isinstance(module, kind))
-    steps = [step for step in ("forward", "_conv_forward") if step in vars(plain)]
+    steps = [step for step in ("forward", "_conv_forward", "_output_padding") if step in vars(plain)]
     return any(step in vars(module) or getattr(type(module), step) is not vars(plain)[step] for step in steps)
 
 
@@ -142,7 +154,8 @@ def _around(matrix: StructuredMatrix, module: Any) -> StructuredLayer:
     geometry = geometry_of_layer(module)
     if geometry is None:
         return StructuredLinear(matrix, module.bias)
-    return StructuredConvolution(matrix, geometry, module.bias)
+    kind = StructuredTransposedConvolution if geometry.transposed else StructuredConvolution
+    return kind(matrix, geometry, module.bias)
 
 
 def looks_up(module: nn.Module) -> bool:
@@ -168,4 +181,4 @@ def geometry_of_layer(module: nn.Module) -> Geometry | None:
     """
     if isinstance(module, StructuredConvolution):
         return module.geometry
-    return geometry_of(module) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
+    return geometry_of(module) if isinstance(module, Convolution | TransposedConvolution) else None

@@ -14,15 +14,17 @@ import math
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal, Self
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import checks
+from weft.kernels.dispatch import in_plain_eager
 from weft.numerics.gram import BlockDiagonalGram, DenseGram, DiagonalGram, Gram, squared_error
 
 __all__ = [
@@ -36,12 +38,17 @@ __all__ = [
     "Rectangle",
     "Structure",
     "StructuredMatrix",
+    "can_unfold",
+    "exchange_channels",
     "ladder",
+    "matrix_multiply_adds",
     "matrix_shape",
     "relative_error",
+    "runs_dense",
 ]
 
 Shape = tuple[int, ...]
+Derived = TypeVar("Derived")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -82,13 +89,22 @@ class Cost:
 class Geometry:
     """How a convolution's kernel meets its input, for any number of spatial axes.
 
+    A transposed convolution is the convolution of its input with stride − 1 zeros put between neighbours, by
+    the kernel turned round. Its kernel too is (outputs, channels / groups, *kernel) here, not torch's
+    (channels, outputs / groups, *kernel): `exchange_channels` leads from one to the other. Whatever runs as a
+    chain of convolutions thus runs transposed as well, the step that knows the kernel being transposed.
+
     Attributes:
         stride: one step per spatial axis.
-        padding: (before, after) per spatial axis, so that an asymmetric "same" padding is exact.
+        padding: (before, after) per spatial axis, so that an asymmetric "same" padding is exact; what a
+            transposed convolution leaves out of its result at either end.
         dilation: one spacing per spatial axis.
         groups: number of groups.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         input_size: the input's spatial size where it is known; costs are then per image.
+        transposed: whether input and output change their places.
+        output_padding: by how much a transposed convolution's result is longer at the end, per spatial axis;
+            none where empty.
     """
 
     stride: tuple[int, ...]
@@ -97,6 +113,8 @@ class Geometry:
     groups: int = 1
     padding_mode: str = "zeros"
     input_size: tuple[int, ...] | None = None
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
 
     def output_size(self, kernel: Sequence[int], input_size: Sequence[int] | None = None) -> tuple[int, ...]:
         """The output's spatial size.
@@ -114,6 +132,14 @@ class Geometry:
         size = self.input_size if input_size is None else input_size
         if size is None:
             raise ValueError(checks.fault("input_size", "known", None, "survey the model with batches"))
+        if self.transposed:
+            longer = self.output_padding or (0,) * len(self.stride)
+            return tuple(
+                (extent - 1) * stride - sum(pads) + dilation * (width - 1) + more + 1
+                for extent, pads, dilation, width, stride, more in zip(
+                    size, self.padding, self.dilation, kernel, self.stride, longer, strict=True
+                )
+            )
         return tuple(
             (extent + sum(pads) - dilation * (width - 1) - 1) // stride + 1
             for extent, pads, dilation, width, stride in zip(
@@ -128,7 +154,20 @@ class Geometry:
             kernel: the kernel's spatial size.
 
         Returns:
-            The number of output positions.
+            The number of output positions; of input positions where the convolution is transposed.
+        """
+        if self.input_size is None:
+            return 1
+        return math.prod(self.input_size if self.transposed else self.output_size(kernel))
+
+    def output_positions(self, kernel: Sequence[int]) -> int:
+        """How many positions the output has, where a chain's later 1×1 convolutions are applied.
+
+        Args:
+            kernel: the kernel's spatial size.
+
+        Returns:
+            The number of positions; 1 where the input size is unknown.
         """
         return 1 if self.input_size is None else math.prod(self.output_size(kernel))
 
@@ -161,12 +200,35 @@ class Geometry:
         Returns:
             Shape (batch, outputs, *space).
         """
-        x, padding = self.pad(x)
         groups = self.groups if groups is None else groups
+        if self.transposed:
+            kernel = exchange_channels(kernel, groups)
+            padding = tuple(before for before, _ in self.padding)
+            longer = self.output_padding or (0,) * len(self.stride)
+            run = TRANSPOSED_CONVOLUTIONS[len(self.stride)]
+            return run(x, kernel, bias, self.stride, padding, longer, groups, self.dilation)
+        x, padding = self.pad(x)
         return CONVOLUTIONS[len(self.stride)](x, kernel, bias, self.stride, padding, self.dilation, groups)
 
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED_CONVOLUTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def exchange_channels(kernel: Tensor, groups: int = 1) -> Tensor:
+    """Exchanges the channel axes of a kernel, group by group; its own inverse.
+
+    Args:
+        kernel: shape (outputs, channels / groups, *kernel), as every member has it, or
+            (channels, outputs / groups, *kernel), as torch's transposed convolutions store it.
+        groups: number of groups.
+
+    Returns:
+        The other one, a view where there is one group.
+    """
+    if groups == 1:
+        return kernel.transpose(0, 1)
+    return kernel.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -276,6 +338,78 @@ def relative_error(
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Convolutions of families that know only matrices
+
+# Numbers of unfolded patches at a time.
+PIECE = 2**23
+# A member is unfolded where its multiply-adds are at most this share of the dense kernel's.
+UNFOLDED_SHARE = 0.1
+
+
+def can_unfold(shape: Shape, geometry: Geometry) -> bool:
+    """Whether a convolution can be unfolded into products of its matrix with patches.
+
+    Args:
+        shape: the weight's.
+        geometry: the convolution's.
+
+    Returns:
+        True for one or two spatial axes, one group and no transposition.
+    """
+    return len(shape) in {3, 4} and geometry.groups == 1 and not geometry.transposed
+
+
+def runs_dense(multiply_adds: int, shape: Shape, geometry: Geometry) -> bool:
+    """Whether a family that knows only matrices runs a convolution by the dense kernel, formed once.
+
+    Then nothing but storage shrinks. Unfolding writes every input as often as the kernel covers it, and turns
+    the product into images again, which only much fewer multiply-adds make up for. The benchmark
+    `convolution_latency.py` measures both routes.
+
+    Args:
+        multiply_adds: the member's, for one vector.
+        shape: the weight's.
+        geometry: the convolution's.
+
+    Returns:
+        True where the dense kernel is faster or unfolding impossible.
+    """
+    outputs, inputs = matrix_shape(shape)
+    return not can_unfold(shape, geometry) or multiply_adds > UNFOLDED_SHARE * outputs * inputs
+
+
+def matrix_multiply_adds(multiply_adds: int, shape: Shape, geometry: Geometry | None) -> int:
+    """What a family that knows only matrices costs, as `StructuredMatrix.convolve` runs it.
+
+    Args:
+        multiply_adds: the member's, for one vector.
+        shape: the weight's.
+        geometry: a convolution's, or None.
+
+    Returns:
+        Multiply-adds of the dense kernel where that runs, else those of the member; per image where the
+        geometry has an input size.
+    """
+    if geometry is None:
+        return multiply_adds
+    dense = runs_dense(multiply_adds, shape, geometry)
+    return (math.prod(shape) if dense else multiply_adds) * geometry.positions(shape[2:])
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _same(kept: list[tuple[Tensor, int]], tensors: list[Tensor]) -> bool:
+    if len(kept) != len(tensors):
+        return False
+    return all(
+        old.data_ptr() == new.data_ptr() and version == _version(new) and old.dtype == new.dtype
+        for (old, version), new in zip(kept, tensors, strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The member
 
 
@@ -300,6 +434,7 @@ class StructuredMatrix(nn.Module, ABC):
         self.structure = structure
         self.shape = tuple(int(size) for size in shape)
         self.outputs, self.inputs = matrix_shape(self.shape)
+        self._derived: dict[str, tuple[list[tuple[Tensor, int]], Any]] = {}
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -330,7 +465,10 @@ class StructuredMatrix(nn.Module, ABC):
         return self(x) if bias is None else self(x) + bias
 
     def convolve(self, x: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
-        """Applies the member as a convolution, here by unfolding; families that know its axes replace this.
+        """Applies the member as a convolution; families that run as a chain of convolutions replace this.
+
+        Here by the dense kernel where `runs_dense` says that it is faster, else by unfolding. The kernel is
+        formed once for as long as the stored tensors stay as they are; where they train, once per call.
 
         Args:
             x: images, shape (batch, channels, *space).
@@ -339,15 +477,24 @@ class StructuredMatrix(nn.Module, ABC):
 
         Returns:
             Shape (batch, outputs, *space).
-
-        Raises:
-            ValueError: the kernel has three spatial axes or the convolution is grouped.
         """
+        if not can_unfold(self.shape, geometry) or (
+            in_plain_eager() and runs_dense(self._vector_multiply_adds, self.shape, geometry)
+        ):
+            return geometry.convolve(x, self.derived("kernel", self.to_dense), bias)
+        if torch.is_grad_enabled() or not in_plain_eager():
+            return self._unfold(x, geometry, bias)
+        numbers = self.inputs * math.prod(geometry.output_size(self.shape[2:], x.shape[2:]))
+        pieces = [self._unfold(piece, geometry, bias) for piece in x.split(max(1, PIECE // max(1, numbers)))]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    @cached_property
+    def _vector_multiply_adds(self) -> int:
+        return self.multiply_adds()
+
+    def _unfold(self, x: Tensor, geometry: Geometry, bias: Tensor | None) -> Tensor:
+        """Every patch a vector that the matrix is applied to."""
         kernel = self.shape[2:]
-        if len(kernel) not in (1, 2) or geometry.groups != 1:
-            remedy = "leave this layer dense or choose a family that runs as a chain of convolutions"
-            got = f"{len(kernel)} spatial axes and {geometry.groups} groups"
-            raise ValueError(checks.fault("geometry", "an ungrouped 1-D or 2-D convolution", got, remedy))
         size = geometry.output_size(kernel, x.shape[2:])
         x, padding = geometry.pad(x)
         stride, dilation = geometry.stride, geometry.dilation
@@ -356,6 +503,72 @@ class StructuredMatrix(nn.Module, ABC):
             stride, dilation = (1, *stride), (1, *dilation)
         patches = F.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)
         return self.affine(patches, bias).transpose(1, 2).reshape(x.shape[0], self.outputs, *size)
+
+    def derived(self, name: str, make: Callable[[], Derived]) -> Derived:
+        """What is computed from the stored tensors alone, kept for as long as they stay as they are.
+
+        It is made anew at every call in training mode, where a gradient for the stored tensors is recorded,
+        and where a tracer, transform or mode looks on. Changes are known by torch's version counters: what
+        writes into `tensor.data` goes round them, and has to be followed by `train()` or `forget()`. Kept
+        values are no part of state, pickles and copies.
+
+        Args:
+            name: what it is called; one value is kept per name.
+            make: computes it: a tensor, or a tuple or list of tensors.
+
+        Returns:
+            What `make` returns.
+        """
+        if self.training or not in_plain_eager():
+            return make()
+        tensors = self._all_tensors()
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return make()
+        kept = self._derived.get(name)
+        if kept is not None and _same(kept[0], tensors):
+            return kept[1]
+        # An inference tensor could not serve a later call that records a gradient for its input.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            value = make()
+        # Aliases keep the memory from being given to other tensors, whose addresses would then look the same.
+        self._derived[name] = ([(tensor.detach(), _version(tensor)) for tensor in tensors], value)
+        return value
+
+    def forget(self) -> None:
+        """Drops what `derived` keeps, also of nested members; it is computed again when it is needed."""
+        for module in self.modules():
+            if isinstance(module, StructuredMatrix):
+                module._derived.clear()
+
+    def derived_bytes(self) -> int:
+        """Bytes that `derived` keeps in memory beside the stored tensors, also in nested members."""
+        return sum(
+            tensor.nbytes
+            for module in self.modules()
+            if isinstance(module, StructuredMatrix)
+            for _, value in module._derived.values()
+            for tensor in (value if isinstance(value, tuple | list) else [value])
+        )
+
+    def _all_tensors(self) -> list[Tensor]:
+        found = [tensor for tensor in self._parameters.values() if tensor is not None]
+        found += [tensor for tensor in self._buffers.values() if tensor is not None]
+        for module in self._modules.values():
+            if module is not None:
+                found += [*module.parameters(), *module.buffers()]
+        return found
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._derived.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._derived.clear()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_derived": {}}
 
     def parameter_count(self) -> int:
         """Real coefficients; here every floating stored tensor, a family of codes replaces this."""
@@ -424,7 +637,7 @@ class Structure(ABC):
         """Multiply-adds per input vector or per image; None where the size depends on the weight."""
 
     def refusal(self, shape: Shape, geometry: Geometry | None = None) -> str | None:
-        """Why this family cannot take a layer, or None; a family with wider abilities replaces this.
+        """Why this family cannot take a layer; here None, a family with bounds replaces this.
 
         Args:
             shape: the weight's shape.
@@ -433,12 +646,6 @@ class Structure(ABC):
         Returns:
             The reason, worded to follow "left dense, because".
         """
-        if geometry is None:
-            return None
-        if geometry.groups != 1:
-            return f"it is a grouped convolution ({geometry.groups} groups)"
-        if len(shape) > 4:
-            return f"it is a convolution with {len(shape) - 2} spatial axes"
         return None
 
     # -- members

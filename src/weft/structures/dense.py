@@ -34,9 +34,6 @@ class Dense(Structure):
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int:
         return self.parameter_count(shape) * (1 if geometry is None else geometry.positions(shape[2:]))
 
-    def refusal(self, shape: Shape, geometry: Geometry | None = None) -> None:
-        return None
-
     def _fit(
         self,
         weight: Tensor,

@@ -57,6 +57,7 @@ from weft.structures.base import (
     Structure,
     StructuredMatrix,
     ladder,
+    matrix_multiply_adds,
     matrix_shape,
 )
 
@@ -166,8 +167,7 @@ class Hierarchical(Structure):
 
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int | None:
         numbers = self.parameter_count(shape)
-        positions = 1 if geometry is None else geometry.positions(shape[2:])
-        return None if numbers is None else numbers * positions
+        return None if numbers is None else matrix_multiply_adds(numbers, shape, geometry)
 
     def check(self, shape: Shape) -> None:
         rows, columns = matrix_shape(shape)
@@ -470,7 +470,6 @@ class Hierarchical(Structure):
         shape = tuple(weight.shape)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         matrix = weight.detach().to(dtype).flatten(1)
-        positions = 1 if geometry is None else geometry.positions(shape[2:])
         problem = _Problem(
             matrix, torch.arange(matrix.shape[0]), torch.arange(matrix.shape[1]), input_gram, output_gram
         )
@@ -482,7 +481,9 @@ class Hierarchical(Structure):
             sized = {candidate: candidate._predicted_tiles(shape) or [] for candidate in reversed(family)}
             for candidate, error in problem.errors(sized):
                 numbers = _numbers(sized[candidate])
-                cost = Cost(numbers, numbers * weight.element_size(), numbers * positions)
+                cost = Cost(
+                    numbers, numbers * weight.element_size(), matrix_multiply_adds(numbers, shape, geometry)
+                )
                 curve.append(Candidate(candidate, cost, error))
         return sorted(curve, key=lambda point: point.cost.parameters)
 
@@ -790,7 +791,7 @@ class HierarchicalMatrix(StructuredMatrix):
         return next(tensors).new_zeros(*size)
 
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
-        return _numbers(self.tiles) * (1 if geometry is None else geometry.positions(self.shape[2:]))
+        return matrix_multiply_adds(_numbers(self.tiles), self.shape, geometry)
 
     def picture(self) -> list[Rectangle]:
         """The blocks in the order of the trees, low-rank ones with their rank written in."""

@@ -79,10 +79,8 @@ class LowRank(Structure):
         outputs, inputs = matrix_shape(shape)
         if geometry is None:
             return self.rank * (inputs + outputs)
-        return self.rank * (geometry.groups * inputs + outputs) * geometry.positions(shape[2:])
-
-    def refusal(self, shape: Shape, geometry: Geometry | None = None) -> None:
-        return None
+        first = geometry.groups * inputs * geometry.positions(shape[2:])
+        return self.rank * (first + outputs * geometry.output_positions(shape[2:]))
 
     def check(self, shape: Shape) -> None:
         checks.integer_between("rank", self.rank, 1, min(matrix_shape(shape)), of=f"a {tuple(shape)} weight")
@@ -253,8 +251,8 @@ class LowRankMatrix(StructuredMatrix):
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
         if geometry is None:
             return self.left.numel() + self.right.numel()
-        per_position = self.left.numel() + geometry.groups * self.right.numel()
-        return per_position * geometry.positions(self.shape[2:])
+        first = geometry.groups * self.right.numel() * geometry.positions(self.shape[2:])
+        return first + self.left.numel() * geometry.output_positions(self.shape[2:])
 
     def picture(self) -> list[Rectangle]:
         rank = self.left.shape[1]

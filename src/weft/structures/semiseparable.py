@@ -41,6 +41,7 @@ from weft.structures.base import (
     Structure,
     StructuredMatrix,
     ladder,
+    matrix_multiply_adds,
     matrix_shape,
     relative_error,
 )
@@ -221,7 +222,7 @@ class SequentiallySemiseparable(Structure):
 
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int | None:
         count = self.parameter_count(shape)
-        return None if count is None else count * (1 if geometry is None else geometry.positions(shape[2:]))
+        return None if count is None else matrix_multiply_adds(count, shape, geometry)
 
     def check(self, shape: Shape) -> None:
         outputs, inputs = matrix_shape(shape)
@@ -594,7 +595,7 @@ class SequentiallySemiseparableMatrix(StructuredMatrix):
         return torch.cat(parts, 1).to(dtype).reshape(*indices.shape, self.inputs)
 
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
-        return self.parameter_count() * (1 if geometry is None else geometry.positions(self.shape[2:]))
+        return matrix_multiply_adds(self.parameter_count(), self.shape, geometry)
 
     def picture(self) -> list[Rectangle]:
         drawn = []

@@ -26,6 +26,7 @@ from weft.structures.base import (
     Structure,
     StructuredMatrix,
     ladder,
+    matrix_multiply_adds,
     matrix_shape,
 )
 
@@ -104,9 +105,7 @@ class SparseProduct(Structure):
 
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int | None:
         entries = self.parameter_count(shape)
-        if entries is None or geometry is None:
-            return entries
-        return entries * geometry.positions(shape[2:])
+        return None if entries is None else matrix_multiply_adds(entries, shape, geometry)
 
     def check(self, shape: Shape) -> None:
         smaller = min(matrix_shape(shape))
@@ -403,7 +402,7 @@ class SparseProductMatrix(StructuredMatrix):
         return picked.T.reshape(*indices.shape, self.inputs)
 
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
-        return self.values.numel() * (1 if geometry is None else geometry.positions(self.shape[2:]))
+        return matrix_multiply_adds(self.values.numel(), self.shape, geometry)
 
     def factorisation(self) -> SparseFactorisation:
         """The member as the algorithms know it: normalised factors and a scale."""
