@@ -16,9 +16,11 @@ import weft
 from weft.schemes.corrections import bias_correction, correct_batch_norm
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import FineTune, fine_tune
+from weft.schemes.sequential import bias_shift, execution_order, sequential_target
 from weft.structures.base import Structure, relative_error
 from weft.structures.dense import Dense
 from weft.structures.low_rank import LowRank
+from weft.survey import find_layers, patches
 
 
 def network() -> nn.Sequential:
@@ -482,3 +484,85 @@ def test_rows_that_are_looked_up_often_are_fitted_better() -> None:
     with torch.no_grad():
         errors = [(net[0](often) - model[0](often)).norm() for net in (small, plain)]
     assert errors[0] < 0.8 * errors[1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sequential fitting
+
+
+def test_sequential_fitting_meets_the_dense_output_better() -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(24, 24), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Linear(24, 8))
+    data = [torch.randn(400, 24) @ torch.randn(24, 24) for _ in range(2)]
+    found = weft.survey(model, data)
+    plan = {name: LowRank(6) for name in found.layers}
+    lost = {}
+    for sequential in (False, True):
+        small, log = compress(model, plan, found, batches=data, sequential=sequential)
+        with torch.no_grad():
+            lost[sequential] = sum(float((small(x) - model(x)).square().mean()) for x in data)
+        assert [entry["layer"] for entry in log] == list(plan)
+    assert lost[True] < 0.9 * lost[False]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_sequential_target_is_the_least_squares_solution(groups: int) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 2, groups=groups)).double()
+    small = copy.deepcopy(dense)
+    with torch.no_grad():
+        small[0].weight += 0.3 * torch.randn_like(small[0].weight)
+    x = torch.randn(20, 4, 5, 5, dtype=torch.float64)
+    layer = weft.survey(dense, [x]).layers["2"]
+    target = sequential_target(dense, small, layer, [x[:7], x[7:]], calls=1, shrinkage=0.0)
+    assert target is not None
+    assert layer.geometry is not None
+    with torch.no_grad():
+        exact, reached = (patches(net[1](net[0](x)), (2, 2), layer.geometry) for net in (dense, small))
+        weight = layer.weight.flatten(1).reshape(groups, -1, exact.shape[-1])
+        wanted = exact @ weight.mT
+        centred = reached - reached.mean(1, keepdim=True)
+        solution = torch.linalg.lstsq(centred, wanted - wanted.mean(1, keepdim=True)).solution.mT
+        fitted = target.weight.reshape(solution.shape)
+        torch.testing.assert_close(fitted, solution, rtol=1e-6, atol=1e-8)
+        # With that weight and the shifted bias the mean output is that of the dense network.
+        shift = bias_shift(layer, target.weight, target)
+        output = (reached @ fitted.mT).mean(1).reshape(-1) + shift
+        torch.testing.assert_close(output, wanted.mean(1).reshape(-1))
+
+
+def test_layers_are_fitted_in_the_order_in_which_they_run() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.first, self.unused = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(self.first(x)))
+
+    model = Backwards()
+    layers = find_layers(model)[0].values()
+    assert execution_order(model, layers, torch.zeros(1, 4)) == {"first": 2, "last": 1, "unused": 0}
+    assert list(execution_order(model, layers, torch.zeros(1, 4))) == ["first", "last", "unused"]
+
+
+def test_sequential_fitting_takes_tables_and_shared_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model[3].weight = model[1].weight
+    data = [torch.randint(9, (40, 3))]
+    found = weft.survey(model, data)
+    small, _ = compress(model, {"0": LowRank(5), "1": LowRank(5)}, found, batches=data, sequential=True)
+    assert small[1].matrix is small[3].matrix
+    assert float((small(data[0]) - model(data[0])).square().mean()) < 0.05
+
+
+def test_sequential_fitting_needs_batches_more_than_once() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="batches must be given with sequential, got None"):
+        compress(model, PLAN, sequential=True)
+    with pytest.raises(TypeError, match="batches must be iterable more than once"):
+        compress(model, PLAN, batches=iter([images()]), sequential=True)

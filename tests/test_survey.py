@@ -439,7 +439,7 @@ def test_large_inputs_are_taken_in_pieces_with_the_same_result(
     mixed: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = survey_of(mixed, images())
-    monkeypatch.setitem(survey_of.__globals__, "_PIECE", 50)
+    monkeypatch.setitem(survey_of.__globals__, "PIECE", 50)
     pieces = survey_of(mixed, images())
     for name, layer in whole.layers.items():
         torch.testing.assert_close(

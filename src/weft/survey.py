@@ -44,7 +44,7 @@ from weft.structures.base import (
 # Wider inputs get a diagonal Gram: a square one in float64 would take more than 2 GiB.
 WIDEST_DENSE_GRAM = 16384
 # Patches of a convolution, and rows of a linear layer, are multiplied in pieces of at most this many numbers.
-_PIECE = 2**24
+PIECE = 2**24
 
 _GRAM_KINDS: dict[str, type[Any]] = {
     "dense": DenseGram,
@@ -356,7 +356,7 @@ def patches(x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
 
 
 def patches_in_pieces(
-    x: Tensor, kernel: Sequence[int], geometry: Geometry, numbers: int = _PIECE
+    x: Tensor, kernel: Sequence[int], geometry: Geometry, numbers: int = PIECE
 ) -> Iterator[Tensor]:
     """The same input vectors, few at a time.
 
@@ -445,7 +445,7 @@ class _Moments:
         if geometry is None:
             vectors = x.reshape(-1, inputs)
             self.applications += len(vectors)
-            for piece in vectors.split(max(1, _PIECE // inputs)):
+            for piece in vectors.split(max(1, PIECE // inputs)):
                 self._add_vectors(piece.unsqueeze(0))
             return
         kernel = self.layer.shape[2:]

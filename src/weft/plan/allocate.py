@@ -7,23 +7,29 @@ Gauss-Newton prediction of the loss increase, Σ ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖
 With a price on cost the layers part: each takes the candidate of least loss + price · cost, a corner of its
 curve's convex hull (Everett, Generalized Lagrange multiplier method, Operations Research 11, 1963). The
 lowest price that meets the budget is found by bisection; what is left over is spent greedily. With one limit
-the result loses at most one step along a hull more than the optimum.
+the result loses at most one step along a hull more than the optimum; dynamic programming over the limit in
+units (exact where the units are those of the costs themselves) then closes what gap is left.
 """
 
+import itertools
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weft import checks
-from weft.numerics.gram import squared_error
 from weft.plan.budget import Budget
-from weft.plan.error_curves import error_curves
+from weft.plan.constraints import Constraints
+from weft.plan.error_curves import error_curves, undominated
+from weft.plan.latency import LatencyTable
 from weft.plan.plan import Plan
+from weft.plan.sensitivity import Sensitivity, predicted_sensitivity
 from weft.structures import select
 from weft.structures.base import Candidate, Cost, Structure
-from weft.survey import LayerSurvey, Survey
+from weft.structures.dense import Dense
+from weft.survey import Survey
 
 METHODS = ("lagrangian", "uniform")
 
@@ -31,6 +37,8 @@ METHODS = ("lagrangian", "uniform")
 _PRICE_HALVINGS, _SHARE_HALVINGS = 60, 50
 # With several limits: how often their relative prices are adjusted, and by how much.
 _PRICE_ROUNDS, _PRICE_STEP = 40, 2.0
+# Units into which dynamic programming divides the limit at most, and the additions that it may cost.
+_MOST_UNITS, _MOST_ADDITIONS = 20_000, 2 * 10**9
 
 Choice = NDArray[np.intp]
 
@@ -42,6 +50,12 @@ def allocate(
     *,
     method: str = "lagrangian",
     curves: Mapping[str, Sequence[Candidate]] | None = None,
+    sensitivity: Sensitivity | None = None,
+    latency: LatencyTable | None = None,
+    constraints: Constraints | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    ray: str | None = None,
     shown: bool | None = None,
 ) -> Plan:
     """Chooses a structure for every layer under a budget.
@@ -52,6 +66,13 @@ def allocate(
         budget: what the whole network may cost.
         method: "lagrangian" loses least for the price; "uniform" takes the same share of every layer.
         curves: error curves that are already known; computed where None.
+        sensitivity: what the layers' errors cost the network, such as `measure_sensitivity(...)` gives; where
+            None, predicted from the survey alone.
+        latency: times of this machine, for a budget that limits them.
+        constraints: what stays dense, and families by layer.
+        cache: a folder that keeps error curves between runs; None for none.
+        workers: processes that compute error curves, one thread each.
+        ray: "local" or the address of a Ray cluster, in place of the processes.
         shown: whether to draw a progress bar; where None, only on a terminal.
 
     Returns:
@@ -59,7 +80,8 @@ def allocate(
 
     Raises:
         ValueError: nothing can meet the budget (the message says the smallest possible), a family or the
-            method is unknown, or the budget needs a survey with batches.
+            method is unknown, or the budget needs something that is not given: a survey with batches, a
+            latency table, a search over held-out data.
 
     Examples:
         >>> import torch, weft
@@ -70,26 +92,38 @@ def allocate(
     """
     checks.one_of("method", method, METHODS)
     chosen_families = select(families)
-    limits = budget.limits(survey.total)
+    if budget.keep is not None:
+        remedy = "call weft.search, which measures every step on held-out data"
+        raise ValueError(checks.fault("budget keep", "left to a search", budget.keep, remedy))
+    limits = budget.limits(survey.total, None if latency is None else latency.dense_seconds)
     if curves is None:
-        curves = error_curves(survey, chosen_families, shown=shown)
-    rest = survey.total
-    for layer in survey.layers.values():
-        rest = rest - layer.cost
-    _check_reachable(rest, limits, curves)
-    knapsack = _Knapsack(survey, curves, rest, limits)
+        curves = error_curves(
+            survey,
+            chosen_families,
+            constraints=constraints,
+            cache=cache,
+            workers=workers,
+            ray=ray,
+            shown=shown,
+        )
+    knapsack = _Knapsack(survey, curves, limits, sensitivity, latency)
+    knapsack.check_reachable()
     choices = [knapsack.uniform()]
     if method == "lagrangian":
         choices += knapsack.priced()
     choices = [choice for choice in map(knapsack.repair, choices) if knapsack.fits(choice)]
     if method == "lagrangian":
         choices = [knapsack.give_back(choice) for choice in choices]
+        exact = knapsack.exact()
+        if exact is not None:
+            choices.append(knapsack.give_back(exact))
     if not choices:
         got = ", ".join(f"{name} {limit}" for name, limit in limits.items())
         remedy = "raise one of the limits, or allow more families"
         raise ValueError(checks.fault("budget", "reachable in all its limits together", got, remedy))
-    chosen = knapsack.points(min(choices, key=knapsack.loss))
-    total = rest
+    best = min(choices, key=knapsack.loss)
+    chosen = knapsack.points(best)
+    total = _rest(survey)
     for point in chosen.values():
         total = total + point.cost
     return Plan(
@@ -97,31 +131,16 @@ def allocate(
         budget=budget,
         expected=chosen,
         total=total,
+        seconds=knapsack.seconds(best),
     )
 
 
-def _check_reachable(
-    rest: Cost, limits: Mapping[str, int], curves: Mapping[str, Sequence[Candidate]]
-) -> None:
-    for name, limit in limits.items():
-        least = getattr(rest, name) + sum(
-            min(getattr(point.cost, name) for point in curve) for curve in curves.values()
-        )
-        if least > limit:
-            expected = f"at least {least}, the smallest possible with these families"
-            remedy = "raise it, or allow more families"
-            raise ValueError(checks.fault(f"budget {name}", expected, limit, remedy))
-
-
-def _scales(survey: Survey) -> dict[str, float]:
-    """What a layer's squared relative error counts."""
-    if any(layer.output_gram is None for layer in survey.layers.values()):
-        return dict.fromkeys(survey.layers, 1.0)
-    return {name: _energy(layer) * layer.applications for name, layer in survey.layers.items()}
-
-
-def _energy(layer: LayerSurvey) -> float:
-    return float(squared_error(layer.weight.double().flatten(1), layer.input_gram, layer.output_gram))
+def _rest(survey: Survey) -> Cost:
+    """What the network costs apart from the surveyed weights."""
+    rest = survey.total
+    for layer in survey.layers.values():
+        rest = rest - layer.cost
+    return rest
 
 
 class _Knapsack:
@@ -131,22 +150,72 @@ class _Knapsack:
         self,
         survey: Survey,
         curves: Mapping[str, Sequence[Candidate]],
-        rest: Cost,
-        limits: Mapping[str, int],
+        limits: Mapping[str, float],
+        sensitivity: Sensitivity | None,
+        latency: LatencyTable | None,
     ) -> None:
         self.names = list(curves)
-        self.candidates = [point for curve in curves.values() for point in curve]
-        lengths = [len(curve) for curve in curves.values()]
+        self.latency = latency
+        self.limit_names = list(limits)
+        timed = latency if "latency" in limits else None
+        # Where time counts, a candidate that costs more of everything else may still be the fastest.
+        kept = curves.values() if timed is not None else [undominated(curve) for curve in curves.values()]
+        kept = [list(curve) for curve in kept]
+        if timed is not None:
+            timed.prepare(
+                (survey.layers[name], point.structure)
+                for name, curve in zip(self.names, kept, strict=True)
+                for point in curve
+            )
+        self.candidates = [point for curve in kept for point in curve]
+        lengths = [len(curve) for curve in kept]
         self.first = np.cumsum([0, *lengths[:-1]])
         self.layer = np.repeat(np.arange(len(lengths)), lengths)
-        scales = _scales(survey)
-        self.losses = np.array([scales[name] * point.error**2 for name in curves for point in curves[name]])
-        self.costs = np.array([[getattr(point.cost, limit) for limit in limits] for point in self.candidates])
+        sensitivity = predicted_sensitivity(survey) if sensitivity is None else sensitivity
+        self.losses = np.array([
+            sensitivity.loss(name, point.error)
+            for name, curve in zip(self.names, kept, strict=True)
+            for point in curve
+        ])
+
+        def amounts(name: str, point: Candidate) -> list[float]:
+            return [
+                timed.seconds(survey.layers[name], point.structure)
+                if limit == "latency" and timed is not None
+                else getattr(point.cost, limit)
+                for limit in limits
+            ]
+
+        self.costs = np.array([
+            amounts(name, point) for name, curve in zip(self.names, kept, strict=True) for point in curve
+        ])
         self.dense = np.array([
-            [getattr(survey.layers[name].cost, limit) for limit in limits] for name in curves
+            amounts(name, Candidate(Dense(), survey.layers[name].cost, 0.0)) for name in self.names
         ])
         self.limits = np.array(list(limits.values()))
-        self.room = self.limits - [getattr(rest, limit) for limit in limits]
+        rest = _rest(survey)
+        self.room = self.limits - [
+            timed.rest_seconds if limit == "latency" and timed is not None else getattr(rest, limit)
+            for limit in limits
+        ]
+
+    def check_reachable(self) -> None:
+        """Checks that every limit, by itself, can be met; a ValueError that says the smallest possible."""
+        least = np.minimum.reduceat(self.costs, self.first, axis=0).sum(0) + self.limits - self.room
+        for name, needed, limit in zip(self.limit_names, least, self.limits, strict=True):
+            if needed > limit:
+                shown = f"{needed:.3g} s" if name == "latency" else f"{needed:.0f}"
+                got = f"{limit:.3g} s" if name == "latency" else f"{limit:.0f}"
+                expected = f"at least {shown}, the smallest possible with these families"
+                remedy = "raise it, or allow more families"
+                raise ValueError(checks.fault(f"budget {name}", expected, got, remedy))
+
+    def seconds(self, choice: Choice) -> float | None:
+        """The predicted time per call; None without a limit on it."""
+        if "latency" not in self.limit_names:
+            return None
+        column = self.limit_names.index("latency")
+        return float(self.costs[choice, column].sum() + self.limits[column] - self.room[column])
 
     def points(self, choice: Choice) -> dict[str, Candidate]:
         """The chosen candidates by layer name."""
@@ -222,6 +291,52 @@ class _Knapsack:
             dearer = np.maximum(charges - charges[here], 1e-12)
             index = int(np.argmax(np.where(possible, gains / dearer, -1.0)))
             choice[self.layer[index]] = index
+
+    def exact(self) -> Choice | None:
+        """The best choice by dynamic programming.
+
+        Costs are counted in whole units, rounded up, so that what fits in units fits. Units are the costs'
+        greatest common divisor where the limit is not too many of them; then the choice is optimal.
+
+        Returns:
+            The choice; None with several limits, where it would take too long, or where nothing fits.
+        """
+        if len(self.limits) > 1:
+            return None
+        costs, room = self.costs[:, 0], float(self.room[0])
+        least = np.minimum.reduceat(costs, self.first)
+        above, room = costs - least[self.layer], room - float(least.sum())
+        if room < 0:
+            return None
+        unit = room / _MOST_UNITS
+        if np.issubdtype(self.costs.dtype, np.integer):
+            unit = max(unit, float(np.gcd.reduce(above.astype(np.int64))))
+        size = 1 + int(room // unit) if unit > 0 else 1
+        if size * len(costs) > _MOST_ADDITIONS:
+            return None
+        steps = np.ceil(above / unit - 1e-9).astype(np.int64) if unit > 0 else np.zeros(len(costs), np.int64)
+        best = np.zeros(size)
+        taken = []  # per layer and amount spent so far: which candidate
+        bounds = [*self.first, len(costs)]
+        for begin, end in itertools.pairwise(bounds):
+            value = np.full(size, np.inf)
+            which = np.full(size, -1, dtype=np.int32)
+            for index in range(begin, end):
+                step = steps[index]
+                if step >= size:
+                    continue
+                offered = best[: size - step] + self.losses[index]
+                better = offered < value[step:]
+                value[step:][better] = offered[better]
+                which[step:][better] = index
+            best = value
+            taken.append(which)
+        spent = int(np.argmin(best))
+        choice = np.empty(len(taken), dtype=np.intp)
+        for position in reversed(range(len(taken))):
+            choice[position] = taken[position][spent]
+            spent -= int(steps[choice[position]])
+        return choice if self.fits(choice) else None
 
     def uniform(self) -> Choice:
         """The same share of every layer: its most accurate candidate within it; the share by bisection."""

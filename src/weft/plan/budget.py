@@ -1,5 +1,6 @@
 """Budgets: what a network may cost."""
 
+import math
 from dataclasses import dataclass, fields
 
 from weft import checks
@@ -16,6 +17,9 @@ class Budget:
         parameters: real coefficients.
         bytes: bytes of the stored tensors.
         multiply_adds: multiply-adds per sample; needs a survey with batches.
+        latency: share of the dense network's time per call; needs a latency table.
+        latency_seconds: seconds per call; needs a latency table.
+        keep: share of the dense network's metric that must be kept; needs a search over held-out data.
 
     Raises:
         TypeError: a limit is no number.
@@ -31,6 +35,9 @@ class Budget:
     parameters: float | int | None = None
     bytes: float | int | None = None
     multiply_adds: float | int | None = None
+    latency: float | None = None
+    latency_seconds: float | None = None
+    keep: float | None = None
 
     def __post_init__(self) -> None:
         given = self.given()
@@ -39,7 +46,11 @@ class Budget:
             names = ", ".join(field.name for field in fields(self))
             raise ValueError(checks.fault("budget", f"given as one of {names}", "none", remedy))
         for name, limit in given.items():
-            if isinstance(limit, float) or (limit == 1 and not isinstance(limit, bool)):
+            if name == "latency_seconds":
+                checks.positive("budget latency_seconds", limit)
+            elif name in {"latency", "keep"}:
+                checks.share(f"budget {name}", limit)
+            elif isinstance(limit, float) or (limit == 1 and not isinstance(limit, bool)):
                 if not (0 < limit <= 1):
                     expected = "a share above 0 and at most 1, or a whole number"
                     raise ValueError(checks.fault(f"budget {name}", expected, limit, f"e.g. {name}=0.25"))
@@ -55,20 +66,30 @@ class Budget:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def limits(self, dense: Cost) -> dict[str, int]:
-        """The absolute limits.
+    def limits(self, dense: Cost, dense_seconds: float | None = None) -> dict[str, float]:
+        """The absolute limits, that on the kept metric left out.
 
         Args:
             dense: the dense network's cost.
+            dense_seconds: its time per call.
 
         Returns:
-            Limit by name of a `Cost` field.
+            Limit by name of a `Cost` field; for "latency" in seconds, the smaller of both.
 
         Raises:
-            ValueError: a limit needs a cost that the survey could not measure.
+            ValueError: a limit needs something that was not measured.
         """
-        absolute = {}
+        absolute: dict[str, float] = {}
         for name, limit in self.given().items():
+            if name == "keep":
+                continue
+            if name in {"latency", "latency_seconds"}:
+                if dense_seconds is None:
+                    remedy = "pass latency=LatencyTable(...), measured on this machine"
+                    raise ValueError(checks.fault(f"budget {name}", "measurable", "no times", remedy))
+                seconds = limit if name == "latency_seconds" else limit * dense_seconds
+                absolute["latency"] = min(seconds, absolute.get("latency", math.inf))
+                continue
             total = getattr(dense, name)
             if not total:
                 remedy = "survey with batches, so that the network is run"

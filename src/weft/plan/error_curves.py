@@ -1,58 +1,202 @@
-"""Error curves: for every layer its undominated candidates, each with cost and error."""
+"""Error curves: for every layer its undominated candidates, each with cost and error.
 
-from collections.abc import Iterable, Sequence
+Families that build on others (quantised factors, sums) come second: they are offered the undominated
+candidates of the first ones, thinned to a few along the curve, so that nothing hopeless is fitted.
+"""
 
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weft import checks
+from weft.plan.constraints import Constraints
+from weft.plan.curve_cache import CurveCache
+from weft.plan.workers import run
 from weft.progress import track
-from weft.structures.base import Candidate, Structure
+from weft.structures.base import Candidate, Geometry, Gram, Structure
 from weft.structures.dense import Dense
 from weft.survey import LayerSurvey, Survey
 
+# How many candidates of the other families a wrapper is offered per layer.
+MOST_INNER = 8
+
 
 def error_curves(
-    survey: Survey, families: Sequence[type[Structure]], *, shown: bool | None = None
+    survey: Survey,
+    families: Sequence[type[Structure]],
+    *,
+    constraints: Constraints | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    ray: str | None = None,
+    shown: bool | None = None,
 ) -> dict[str, list[Candidate]]:
     """The candidates of all families for every layer, the dense weight always among them.
 
     Args:
         survey: the network's survey.
         families: what to choose from.
+        constraints: what stays dense, and families by layer.
+        cache: a folder that keeps curves between runs; None for none.
+        workers: processes that compute curves, one thread each; 1 computes in this process. A script that
+            asks for more needs the usual `if __name__ == "__main__":`.
+        ray: "local" or the address of a Ray cluster, in place of the processes.
         shown: whether to draw a progress bar; where None, only on a terminal.
 
     Returns:
-        By layer name: undominated candidates, cheapest first; multiply-adds are per sample of the network.
+        By layer name: of every family the candidates that no other of its own dominates, cheapest first;
+        multiply-adds are per sample of the network.
     """
-    return {
-        name: layer_candidates(layer, families)
-        for name, layer in track(survey.layers.items(), "fitting", total=len(survey.layers), shown=shown)
+    checks.integer_between("workers", workers, 1, None)
+    constraints = Constraints() if constraints is None else constraints
+    constraints.check(layer.names for layer in survey.layers.values())
+    kept = None if cache is None else CurveCache(cache)
+    allowed = {
+        name: [family for family in constraints.allowed(layer.names, families) if _takes(family, layer)]
+        for name, layer in survey.layers.items()
     }
+    found = {name: [Candidate(Dense(), layer.cost, 0.0)] for name, layer in survey.layers.items()}
+
+    def gather(pieces: list["_Piece"], description: str) -> None:
+        open_pieces = []
+        for piece in pieces:
+            curve = None if kept is None else kept.load(piece.key(kept))
+            if curve is None:
+                open_pieces.append(piece)
+            else:
+                piece.add(curve, found)
+        made: list[Callable[[], _Job]] = [piece.job for piece in open_pieces]
+        done = run(_curve, made, workers=workers, ray=ray)
+        for number, points in track(done, description, total=len(made), shown=shown):
+            piece = open_pieces[number]
+            if kept is not None:
+                kept.save(piece.key(kept), points)
+            piece.add(points, found)
+            piece.release()
+
+    gather(
+        [
+            _Piece(survey.layers[name], family, ())
+            for name, own in allowed.items()
+            for family in own
+            if next(family.candidates(survey.layers[name].shape), None) is not None
+        ],
+        "fitting",
+    )
+    second = []
+    for name, own in allowed.items():
+        layer = survey.layers[name]
+        inner = _thinned([point for point in found[name] if not isinstance(point.structure, Dense)])
+        for family in own:
+            alone = set(family.candidates(layer.shape))
+            if inner and not set(family.candidates(layer.shape, inner)) <= alone:
+                second.append(_Piece(layer, family, inner))
+    gather(second, "combining")
+    return {name: _by_family(points) for name, points in found.items()}
 
 
-def layer_candidates(layer: LayerSurvey, families: Sequence[type[Structure]]) -> list[Candidate]:
-    """The undominated candidates of one layer.
+@dataclass(frozen=True)
+class _Job:
+    """What a worker needs for one curve: arrays, which every kind of worker can be sent."""
 
-    Args:
-        layer: the layer.
-        families: what to choose from.
+    weight: Any  # its bytes: not every kind of float is known outside torch
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    grams: tuple[tuple[type[Gram], Any, float] | None, ...]
+    geometry: Geometry | None
+    family: type[Structure]
+    inner: tuple[Structure, ...]
 
-    Returns:
-        Candidates, cheapest first, the dense weight last.
-    """
-    found = [Candidate(Dense(), layer.cost, 0.0)]
-    for family in families:
-        if family is Dense:
-            continue
-        sizes = family.candidates(layer.shape)
-        probe = next(iter(sizes), None)
-        if probe is None or probe.refusal(layer.shape, layer.geometry) is not None:
-            continue
-        curve = family.error_curve(
-            layer.weight, input_gram=layer.input_gram, output_gram=layer.output_gram, geometry=layer.geometry
+
+@dataclass(frozen=True)
+class _Piece:
+    """One family's curve for one layer."""
+
+    layer: LayerSurvey
+    family: type[Structure]
+    inner: tuple[Structure, ...]
+
+    def key(self, cache: CurveCache) -> str:
+        layer = self.layer
+        ladder = list(self.family.candidates(layer.shape, self.inner))
+        return cache.key(
+            layer.weight, layer.input_gram, layer.output_gram, layer.geometry, self.family, ladder
         )
-        for gram in (layer.input_gram, layer.output_gram):
+
+    def job(self) -> _Job:
+        grams = tuple(
+            None if gram is None else (type(gram), gram.moment.numpy(), gram.ridge)
+            for gram in (self.layer.input_gram, self.layer.output_gram)
+        )
+        weight = self.layer.weight.detach().cpu().contiguous()
+        content = weight.flatten().view(torch.uint8).numpy()
+        return _Job(
+            content, weight.dtype, self.layer.shape, grams, self.layer.geometry, self.family, self.inner
+        )
+
+    def add(self, points: Iterable[Candidate], found: dict[str, list[Candidate]]) -> None:
+        layer = self.layer
+        found[layer.name] += [
+            Candidate(point.structure, layer.per_sample(point.cost), point.error) for point in points
+        ]
+
+    def release(self) -> None:
+        for gram in (self.layer.input_gram, self.layer.output_gram):
             if gram is not None:
                 gram.release()
-        found += [Candidate(point.structure, layer.per_sample(point.cost), point.error) for point in curve]
-    return undominated(found)
+
+
+def _curve(job: _Job) -> list[Candidate]:
+    grams = []
+    for parts in job.grams:
+        if parts is None:
+            grams.append(None)
+            continue
+        kind, moment, ridge = parts
+        build: Any = kind
+        gram = build(_tensor(moment))
+        gram.ridge = ridge
+        grams.append(gram)
+    weight = _tensor(job.weight).view(job.dtype).reshape(job.shape)
+    return job.family.error_curve(
+        weight, input_gram=grams[0], output_gram=grams[1], geometry=job.geometry, inner=job.inner
+    )
+
+
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _takes(family: type[Structure], layer: LayerSurvey) -> bool:
+    if family is Dense:
+        return False
+    probe = next(iter(family.candidates(layer.shape, (Dense(),))), None)
+    return probe is not None and probe.refusal(layer.shape, layer.geometry) is None
+
+
+def _thinned(candidates: Sequence[Candidate]) -> tuple[Structure, ...]:
+    """A few of the undominated candidates, spread evenly over the curve in bytes."""
+    ordered = sorted(candidates, key=lambda point: (point.cost.bytes, point.error))
+    front: list[Candidate] = []
+    for point in ordered:
+        if not front or point.error < front[-1].error:
+            front.append(point)
+    if len(front) <= MOST_INNER:
+        return tuple(point.structure for point in front)
+    picked = np.linspace(0, len(front) - 1, MOST_INNER).round().astype(int)
+    return tuple(front[index].structure for index in picked)
+
+
+def _by_family(candidates: Iterable[Candidate]) -> list[Candidate]:
+    families: dict[type[Structure], list[Candidate]] = {}
+    for point in candidates:
+        families.setdefault(type(point.structure), []).append(point)
+    return sorted((point for own in families.values() for point in undominated(own)), key=_costs)
 
 
 def undominated(candidates: Iterable[Candidate]) -> list[Candidate]:

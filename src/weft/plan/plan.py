@@ -25,6 +25,7 @@ class Plan(Mapping[str, Structure]):
         expected: what allocation predicted per layer: cost and error; empty for a plan made by hand.
         total: the whole network's predicted cost.
         source: the model source, recorded for the next verb.
+        seconds: the predicted time per call; None where the budget does not limit it.
     """
 
     structures: dict[str, Structure]
@@ -32,6 +33,7 @@ class Plan(Mapping[str, Structure]):
     expected: dict[str, Candidate] = field(default_factory=dict)
     total: Cost | None = None
     source: str = ""
+    seconds: float | None = None
 
     def __getitem__(self, name: str) -> Structure:
         return self.structures[name]
@@ -62,6 +64,7 @@ class Plan(Mapping[str, Structure]):
             "source": self.source,
             "budget": None if self.budget is None else self.budget.given(),
             "total": None if self.total is None else asdict(self.total),
+            "seconds": self.seconds,
             "layers": layers,
         }
 
@@ -107,7 +110,7 @@ class Plan(Mapping[str, Structure]):
             total = Cost(**data["total"]) if data.get("total") else None
         except (TypeError, ValueError) as error:
             raise ValueError(f"budget or total of {path}: {error}") from error
-        return cls(structures, budget, expected, total, data.get("source", ""))
+        return cls(structures, budget, expected, total, data.get("source", ""), data.get("seconds"))
 
 
 def _checked(entry: object) -> dict[str, Any]:

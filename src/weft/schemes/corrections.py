@@ -112,6 +112,21 @@ def correct_batch_norm(
     return len(sums)
 
 
+def restart_batch_norm(model: nn.Module, dense: nn.Module) -> None:
+    """Gives batch-norm layers the dense network's statistics again, before they are corrected anew.
+
+    Args:
+        model: the compressed network, changed in place.
+        dense: the dense network.
+    """
+    theirs = _tracking(dense)
+    with torch.no_grad():
+        for name, module in _tracking(model).items():
+            if name in theirs:
+                module.running_mean.copy_(theirs[name].running_mean)
+                module.running_var.copy_(theirs[name].running_var)
+
+
 def _tracking(model: nn.Module) -> dict[str, Any]:
     return {
         name: module

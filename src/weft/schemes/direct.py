@@ -11,11 +11,12 @@ from torch import nn
 
 from weft import checks
 from weft.layers.replace import replace_layer
-from weft.measure import Batch
+from weft.measure import Batch, check_repeatable
 from weft.plan.plan import check_plan
 from weft.progress import track
-from weft.schemes.corrections import bias_correction, correct_batch_norm
+from weft.schemes.corrections import bias_correction, correct_batch_norm, restart_batch_norm
 from weft.schemes.result import Result
+from weft.schemes.sequential import Target, bias_shift, execution_order, sequential_target
 from weft.structures.base import Structure, relative_error
 from weft.structures.dense import Dense
 from weft.survey import LayerSurvey, Survey, find_layers
@@ -29,6 +30,7 @@ def compress(
     *,
     batches: Iterable[Batch] | None = None,
     correct_biases: bool = True,
+    sequential: bool = False,
     generator: torch.Generator | None = None,
     shown: bool | None = None,
 ) -> Result:
@@ -40,6 +42,9 @@ def compress(
         survey: the network's survey; without one, fits are in the Frobenius norm.
         batches: calibration data without labels; batch-norm statistics are then corrected.
         correct_biases: whether existing biases take up the change of the mean output, (W − Ŵ) E[x].
+        sequential: whether layers are fitted one after the other in the order in which they run, each to the
+            inputs that the compressed ones before it give (weft.schemes.sequential); needs batches that can
+            be iterated more than once, two passes for every layer.
         generator: the source of randomness of fits that need it; fixed seeds where None.
         shown: whether to draw progress bars; where None, only on a terminal.
 
@@ -69,14 +74,28 @@ def compress(
             raise ValueError(checks.fault(f"layer {name}", expected, got, "survey this model itself"))
     small = copy.deepcopy(model)
     log: list[dict[str, Any]] = []
-    for name, structure in track(plan.items(), "compressing", total=len(plan), shown=shown):
-        if isinstance(structure, Dense):
-            continue
+    calls: dict[str, int] = {}
+    wanted = [name for name, structure in plan.items() if not isinstance(structure, Dense)]
+    if sequential:
+        if batches is None:
+            remedy = "pass calibration data, or leave sequential off"
+            raise ValueError(checks.fault("batches", "given with sequential", None, remedy))
+        check_repeatable("batches", batches)
+        calls = execution_order(model, [own[name] for name in wanted], next(iter(batches)))
+        wanted = list(calls)
+    for name in track(wanted, "compressing", shown=shown):
         # The model may have been trained on since the survey: it is its own weights that are fitted.
         layer = replace(survey.layers[name], weight=own[name].weight, names=own[name].names)
-        small, entry = _replace(small, layer, structure, correct_biases, generator)
+        target = None
+        if sequential and batches is not None:
+            if log:
+                restart_batch_norm(small, model)
+                correct_batch_norm(small, model, batches, shown=False)
+            target = sequential_target(model, small, layer, batches, calls=calls[name])
+        small, entry = _replace(small, layer, plan[name], target, correct_biases, generator)
         log.append(entry)
     if batches is not None and log:
+        restart_batch_norm(small, model)
         correct_batch_norm(small, model, batches, shown=shown)
     return Result(small, log)
 
@@ -85,18 +104,27 @@ def _replace(
     model: nn.Module,
     layer: LayerSurvey,
     structure: Structure,
+    target: Target | None,
     correct_biases: bool,
     generator: torch.Generator | None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     start = time.perf_counter()
     inner, outer = layer.input_gram, layer.output_gram
-    matrix = structure.fit(layer.weight, input_gram=inner, output_gram=outer, generator=generator)
-    error = relative_error(layer.weight, matrix.to_dense(), input_gram=inner, output_gram=outer)
+    if target is None:
+        matrix = structure.fit(layer.weight, input_gram=inner, output_gram=outer, generator=generator)
+    else:
+        matrix = structure.fit(
+            target.weight, input_gram=target.input_gram, output_gram=outer, generator=generator
+        )
+    dense = matrix.to_dense()
+    error = relative_error(layer.weight, dense, input_gram=inner, output_gram=outer)
     for gram in (inner, outer):
         if gram is not None:
             gram.release()
     model = replace_layer(model, layer.names, matrix)
-    shift = bias_correction(layer, matrix) if correct_biases else None
+    shift = None
+    if correct_biases:
+        shift = bias_correction(layer, matrix) if target is None else bias_shift(layer, dense, target)
     if shift is not None:
         with torch.no_grad():
             for bias in {id(found): found for found in _biases(model, layer.names)}.values():

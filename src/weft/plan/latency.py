@@ -1,0 +1,170 @@
+"""Times of layers on this machine, for budgets that limit latency."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft import checks
+from weft.measure import (
+    Batch,
+    call,
+    device_of,
+    environment,
+    evaluating,
+    repeat_to,
+    threads,
+    time_alternating,
+    to_device,
+)
+from weft.progress import track
+from weft.storage import read_json, write_text
+from weft.structures.base import Structure
+from weft.structures.dense import Dense
+from weft.survey import LayerSurvey, Survey
+
+# Seconds spent on the whole network and on one layer; the median of at least 15 calls in any case.
+_NETWORK_SECONDS, _LAYER_SECONDS = 1.0, 0.03
+# What a time depends on beside the layer itself.
+_MACHINE = ("processor", "cores", "system", "torch", "kernels")
+
+
+class LatencyTable:
+    """Times of single layers and of the dense network, measured when they are first asked for.
+
+    A layer is timed by itself with random inputs of the size that the survey saw, a structure by a random
+    member: values do not matter to its time.
+
+    Args:
+        model: the dense network.
+        survey: its survey, with batches.
+        sample: inputs of the network, repeated or cut to the batch size.
+        batch: samples per call.
+        thread_count: torch's thread count; the current one where None.
+        cache: a folder that keeps times between runs, apart for every machine and version; None for none.
+
+    Raises:
+        ValueError: the survey is one without data.
+
+    Attributes:
+        dense_seconds: the dense network's time per call.
+        rest_seconds: that of everything but the surveyed layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        survey: Survey,
+        sample: Batch,
+        *,
+        batch: int = 1,
+        thread_count: int | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if not survey.samples:
+            remedy = "survey with batches, so that the layers' input sizes are known"
+            raise ValueError(checks.fault("survey", "one with data", "one without", remedy))
+        self.batch = checks.integer_between("batch", batch, 1, None)
+        self.thread_count = torch.get_num_threads() if thread_count is None else thread_count
+        checks.integer_between("thread_count", self.thread_count, 1, None)
+        self._known: dict[str, float] = {}
+        self._file = None if cache is None else _file(Path(cache))
+        if self._file is not None and self._file.is_file():
+            try:
+                self._known = read_json(self._file, "weft_latencies", "")["seconds"]
+            except (ValueError, KeyError):
+                self._known = {}  # a damaged cache is measured again
+        given = to_device(repeat_to(sample, batch), device_of(model))
+        with evaluating(model), torch.inference_mode():
+            self.dense_seconds = self._time(lambda: call(model, given), _NETWORK_SECONDS)
+        layers = sum(self.seconds(layer, Dense()) for layer in survey.layers.values())
+        self.rest_seconds = max(0.0, self.dense_seconds - layers)
+
+    def prepare(self, pairs: Iterable[tuple[LayerSurvey, Structure]], *, shown: bool | None = None) -> None:
+        """Measures what is not yet known, under a progress bar, and keeps it.
+
+        Args:
+            pairs: layers, each with a structure.
+            shown: whether to draw; where None, only on a terminal.
+        """
+        missing = [
+            (layer, structure) for layer, structure in pairs if self._key(layer, structure) not in self._known
+        ]
+        for layer, structure in track(missing, "timing layers", shown=shown):
+            self.seconds(layer, structure)
+        self.save()
+
+    def seconds(self, layer: LayerSurvey, structure: Structure) -> float:
+        """The time that a layer takes per call of the network.
+
+        Args:
+            layer: the layer's survey.
+            structure: what stands in for its weight.
+
+        Returns:
+            Seconds, the median.
+        """
+        key = self._key(layer, structure)
+        if key not in self._known:
+            with torch.inference_mode():
+                self._known[key] = self._time(self._call(layer, structure), _LAYER_SECONDS)
+        return self._known[key]
+
+    def save(self) -> None:
+        """Keeps the times in the cache's folder, if there is one."""
+        if self._file is not None:
+            record = {"weft_latencies": 1, "environment": environment(), "seconds": self._known}
+            write_text(self._file, json.dumps(record, indent=0))
+
+    def _time(self, run: Callable[[], object], seconds: float) -> float:
+        with threads(self.thread_count):
+            return time_alternating({"": run}, seconds=seconds)[""].median
+
+    def _key(self, layer: LayerSurvey, structure: Structure) -> str:
+        geometry = None if layer.geometry is None else asdict(layer.geometry)
+        parts = [structure.to_json(), layer.shape, geometry, layer.lookup, self._calls(layer)]
+        return json.dumps([*parts, self.batch, self.thread_count])
+
+    def _calls(self, layer: LayerSurvey) -> int:
+        return max(1, round(self.batch * layer.calls))
+
+    def _call(self, layer: LayerSurvey, structure: Structure) -> Callable[[], Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        calls, shape, geometry = self._calls(layer), layer.shape, layer.geometry
+        if layer.lookup:
+            indices = torch.randint(shape[0], (calls,), generator=generator)
+            weight = torch.randn(shape, generator=generator)
+            if isinstance(structure, Dense):
+                return lambda: F.embedding(indices, weight)
+            member = structure.initialise(shape, generator=generator).eval()
+            return lambda: member.rows(indices)
+        member = (
+            None if isinstance(structure, Dense) else structure.initialise(shape, generator=generator).eval()
+        )
+        weight = torch.randn(shape if member is None else (), generator=generator)
+        if geometry is None:
+            x = torch.randn(calls, shape[1], generator=generator)
+            bias = torch.randn(shape[0], generator=generator)
+            if member is None:
+                return lambda: F.linear(x, weight, bias)
+            return lambda: member.affine(x, bias)
+        size = geometry.input_size or (1,) * len(geometry.stride)
+        images = torch.randn(calls, shape[1] * geometry.groups, *size, generator=generator)
+        plain = replace(geometry, input_size=None)
+        if member is None:
+            return lambda: plain.convolve(images, weight)
+        return lambda: member.convolve(images, plain)
+
+
+def _file(folder: Path) -> Path:
+    """One file per machine and version."""
+    here = environment()
+    machine = json.dumps({name: here[name] for name in _MACHINE})
+    (folder / "latencies").mkdir(parents=True, exist_ok=True)
+    return folder / "latencies" / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
