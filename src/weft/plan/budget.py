@@ -7,7 +7,7 @@ from weft import checks
 from weft.structures.base import Cost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Budget:
     """What the whole network may cost, layers left dense included; one limit or several.
 
@@ -29,7 +29,7 @@ class Budget:
         >>> Budget(parameters=0.25).limits(Cost(parameters=1000, bytes=4000))
         {'parameters': 250}
         >>> Budget.parse("bytes=0.1,multiply_adds=0.5")
-        Budget(parameters=None, bytes=0.1, multiply_adds=0.5)
+        Budget(bytes=0.1, multiply_adds=0.5)
     """
 
     parameters: float | int | None = None
@@ -56,6 +56,9 @@ class Budget:
                     raise ValueError(checks.fault(f"budget {name}", expected, limit, f"e.g. {name}=0.25"))
             else:
                 checks.integer_between(f"budget {name}", limit, 1, None)
+
+    def __repr__(self) -> str:
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value in self.given().items())})"
 
     def given(self) -> dict[str, float | int]:
         """The limits that are set.
