@@ -13,6 +13,7 @@ from weft.structures.base import Geometry, Shape, Structure, matrix_shape
 from weft.structures.dense import Dense
 from weft.structures.hierarchical import Hierarchical
 from weft.structures.low_rank import LowRank
+from weft.structures.product_quantized import ProductQuantized
 from weft.structures.semiseparable import SequentiallySemiseparable
 from weft.structures.sparse_product import SparseProduct
 
@@ -50,6 +51,12 @@ def _quarter(shape: Shape) -> int:
 
 def _stages(shape: Shape) -> int:
     return min(4, *matrix_shape(shape))
+
+
+def _divisor(shape: Shape) -> int:
+    """Subspaces of two or three inputs where these divide, else of one."""
+    _, inputs = matrix_shape(shape)
+    return inputs // next(width for width in (3, 2, 1) if inputs % width == 0)
 
 
 EXAMPLES = [
@@ -104,6 +111,13 @@ EXAMPLES = [
         lambda shape: SequentiallySemiseparable(_stages(shape), tolerance=0.2),
         exact=True,
         monotone={"tolerance": (0.5, 0.2, 0.05, 1e-3)},
+    ),
+    Example("product_quantized", lambda shape: ProductQuantized(_divisor(shape), min(5, shape[0]))),
+    Example(
+        "product_quantized_separate",
+        lambda shape: ProductQuantized(
+            _divisor(shape), min(20, shape[0]), codebooks=_divisor(shape), scaled=False
+        ),
     ),
     Example("sparse_product", lambda shape: SparseProduct(2, _quarter(shape))),
     Example("sparse_product_splitting", lambda shape: SparseProduct(3, _quarter(shape), "splitting")),
