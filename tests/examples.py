@@ -14,6 +14,7 @@ from weft.structures.dense import Dense
 from weft.structures.hierarchical import Hierarchical
 from weft.structures.low_rank import LowRank
 from weft.structures.product_quantized import ProductQuantized
+from weft.structures.pruned import Pruned
 from weft.structures.semiseparable import SequentiallySemiseparable
 from weft.structures.sparse_product import SparseProduct
 
@@ -57,6 +58,14 @@ def _divisor(shape: Shape) -> int:
     """Subspaces of two or three inputs where these divide, else of one."""
     _, inputs = matrix_shape(shape)
     return inputs // next(width for width in (3, 2, 1) if inputs % width == 0)
+
+
+def _pruned_pattern(shape: Shape) -> Pruned:
+    """One pattern after the other over the shapes, blocks and n:m where they divide."""
+    outputs, inputs = matrix_shape(shape)
+    if inputs % 4 == 0 and outputs % 4 == 0:
+        return Pruned(0.5, pattern="2:4") if inputs == outputs else Pruned(0.4, pattern="4x2", score="search")
+    return Pruned(0.5, pattern="rows" if inputs > outputs else "columns", score="search")
 
 
 EXAMPLES = [
@@ -119,6 +128,14 @@ EXAMPLES = [
             _divisor(shape), min(20, shape[0]), codebooks=_divisor(shape), scaled=False
         ),
     ),
+    Example(
+        "pruned",
+        lambda shape: Pruned(0.3, score="search"),
+        exact=True,
+        monotone={"density": (0.05, 0.1, 0.3, 0.6, 1.0)},
+    ),
+    Example("pruned_pattern", lambda shape: _pruned_pattern(shape), exact=True),
+    Example("pruned_low_rank", lambda shape: Pruned(0.6, of=LowRank(_quarter(shape)), score="input")),
     Example("sparse_product", lambda shape: SparseProduct(2, _quarter(shape))),
     Example("sparse_product_splitting", lambda shape: SparseProduct(3, _quarter(shape), "splitting")),
     Example("sparse_product_hierarchical", lambda shape: SparseProduct(2, _quarter(shape), "hierarchical")),

@@ -648,6 +648,20 @@ class Structure(ABC):
         """
         return None
 
+    def chain(self, shape: Shape) -> Mapping[str, Shape]:
+        """The stored tensors whose product, as matrices from left to right, is the weight.
+
+        A wrapper that stores another family's factors in its own form (pruned, coded) asks this; a family
+        whose members are such products replaces it.
+
+        Args:
+            shape: the weight's shape.
+
+        Returns:
+            Shape by name, in the order of the product; empty where members are no such products.
+        """
+        return {}
+
     # -- members
 
     def fit(

@@ -34,6 +34,9 @@ class Dense(Structure):
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int:
         return self.parameter_count(shape) * (1 if geometry is None else geometry.positions(shape[2:]))
 
+    def chain(self, shape: Shape) -> Mapping[str, Shape]:
+        return {"weight": tuple(shape)}
+
     def _fit(
         self,
         weight: Tensor,

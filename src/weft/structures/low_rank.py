@@ -82,6 +82,9 @@ class LowRank(Structure):
         first = geometry.groups * inputs * geometry.positions(shape[2:])
         return self.rank * (first + outputs * geometry.output_positions(shape[2:]))
 
+    def chain(self, shape: Shape) -> Mapping[str, Shape]:
+        return {"left": (shape[0], self.rank), "right": (self.rank, *shape[1:])}
+
     def check(self, shape: Shape) -> None:
         checks.integer_between("rank", self.rank, 1, min(matrix_shape(shape)), of=f"a {tuple(shape)} weight")
 
