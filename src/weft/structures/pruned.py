@@ -33,6 +33,7 @@ from weft.structures.base import (
     Shape,
     Structure,
     StructuredMatrix,
+    matrix_multiply_adds,
     matrix_shape,
 )
 from weft.structures.dense import Dense
@@ -172,7 +173,11 @@ class Pruned(Structure):
         return self.count(shape) * (pattern.rows * pattern.columns if isinstance(pattern, Grid) else 1)
 
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int:
-        return self.parameter_count(shape) * (1 if geometry is None else geometry.positions(shape[2:]))
+        if self.pattern == "rows" and self.of == Dense() and geometry is not None and geometry.groups == 1:
+            return self.parameter_count(shape) * geometry.positions(
+                shape[2:]
+            )  # a convolution of fewer filters
+        return matrix_multiply_adds(self.parameter_count(shape), shape, geometry)
 
     def check(self, shape: Shape) -> None:
         outputs, inputs = matrix_shape(shape)
@@ -457,7 +462,7 @@ class PrunedMatrix(StructuredMatrix):
             self.register_buffer(f"_{name}", tensor.contiguous(), persistent=False)
 
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
-        return self.values.numel() * (1 if geometry is None else geometry.positions(self.shape[2:]))
+        return cast(Pruned, self.structure).multiply_adds(self.shape, geometry)
 
     def _picture_of_all(self) -> list[Rectangle]:
         label = f"{100 * self.values.numel() / (self.outputs * self.inputs):.3g} %"
@@ -598,6 +603,8 @@ class _Rows(_Lines):
         return y.index_select(-1, self._lines) @ self.values
 
     def convolve(self, x: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
+        if geometry.groups != 1:  # the filters that are left need not divide into the groups
+            return super().convolve(x, geometry, bias)
         kernel = self.values.reshape(-1, *self.shape[1:])
         y = self._spread(geometry.convolve(x, kernel), 1)
         return y if bias is None else y + bias.reshape(-1, *(1,) * (len(self.shape) - 2))
@@ -753,8 +760,9 @@ class PrunedChain(StructuredMatrix):
         return picked
 
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
-        once = sum(factor.multiply_adds() for factor in self._factors())
-        return once * (1 if geometry is None else geometry.positions(self.shape[2:]))
+        return matrix_multiply_adds(
+            sum(factor.multiply_adds() for factor in self._factors()), self.shape, geometry
+        )
 
     def picture(self) -> list[Rectangle]:
         return [
