@@ -17,6 +17,7 @@ from weft.structures.product_quantized import ProductQuantized
 from weft.structures.pruned import Pruned
 from weft.structures.semiseparable import SequentiallySemiseparable
 from weft.structures.sparse_product import SparseProduct
+from weft.structures.tensor_train import TensorTrain
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,17 @@ EXAMPLES = [
     Example("sparse_product_splitting", lambda shape: SparseProduct(3, _quarter(shape), "splitting")),
     Example("sparse_product_hierarchical", lambda shape: SparseProduct(2, _quarter(shape), "hierarchical")),
     Example("sparse_product_random", lambda shape: SparseProduct(1, _quarter(shape), "random")),
+    Example(
+        "tensor_train",
+        lambda shape: TensorTrain(_quarter(shape), cores=3),
+        monotone={"rank": (1, 2, 3, 5, 8)},
+        reason="what stands in the padding of a planted member is not known to the fit",
+    ),
+    Example(
+        "tensor_train_balanced",
+        lambda shape: TensorTrain(_quarter(shape), cores=2, method="randomized", modes="balanced"),
+        reason="as above",
+    ),
 ]
 
 LINEAR_SHAPES: tuple[Shape, ...] = ((6, 30), (30, 6), (16, 16), (13, 7), (1, 9), (9, 1), (1, 1), (40, 48))
