@@ -6,5 +6,6 @@ same work, and one line on standard error says so when this package is imported.
 
 from weft.kernels.dispatch import route
 from weft.kernels.low_rank import low_rank_apply
+from weft.kernels.quantized import codebook_apply, quantized_apply
 
-__all__ = ["low_rank_apply", "route"]
+__all__ = ["codebook_apply", "low_rank_apply", "quantized_apply", "route"]

@@ -1,0 +1,292 @@
+"""Products with packed codes: storage, reference, gradients, graphs, and every copy of the native kernels."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft import kernels
+from weft.kernels import quantized
+from weft.kernels.quantized import codebook_apply, pack, quantized_apply, unpack
+
+ALL_BITS = [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def generator_of(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def drawn_codes(outputs, inputs, bits, seed=0):
+    return torch.randint(0, 1 << bits, (outputs, inputs), generator=generator_of(seed))
+
+
+def uniform(batch, outputs, inputs, bits, *, group=None, zeros=False, bias=True, dtype=torch.float32, seed=0):
+    """Arguments of quantized_apply, and the weights by an independent route: from the codes as drawn."""
+    group = group or inputs
+    generator = generator_of(seed + 1)
+    codes = drawn_codes(outputs, inputs, bits, seed)
+    scales = (torch.rand(outputs, inputs // group, generator=generator, dtype=torch.float64) + 0.1).to(dtype)
+    zero = None
+    if zeros:
+        zero = torch.rand(outputs, inputs // group, generator=generator, dtype=torch.float64) * (1 << bits)
+        zero = zero.to(dtype)
+    x = torch.randn(*batch, inputs, generator=generator, dtype=torch.float64).to(dtype)
+    b = torch.randn(outputs, generator=generator, dtype=torch.float64).to(dtype) if bias else None
+    centre = 2.0 ** (bits - 1) if zero is None else zero.double().repeat_interleave(group, 1)
+    weight = scales.double().repeat_interleave(group, 1) * (codes.double() - centre)
+    return (x, pack(codes, bits), scales, zero, bits, group, inputs, b), weight
+
+
+def with_codebook(batch, outputs, inputs, bits, *, per_row=False, bias=True, dtype=torch.float32, seed=0):
+    generator = generator_of(seed + 1)
+    codes = drawn_codes(outputs, inputs, bits, seed)
+    book = torch.randn(outputs if per_row else 1, 1 << bits, generator=generator, dtype=torch.float64).to(
+        dtype
+    )
+    x = torch.randn(*batch, inputs, generator=generator, dtype=torch.float64).to(dtype)
+    b = torch.randn(outputs, generator=generator, dtype=torch.float64).to(dtype) if bias else None
+    weight = torch.stack([
+        book[row if per_row else 0].double()[codes[row]] for row in range(outputs)
+    ]).reshape(outputs, inputs)
+    return (x, pack(codes, bits), book, bits, inputs, b), weight
+
+
+def rounded(x):
+    """Activations of 8 bits by the definition, in x's own precision up to the rounding."""
+    largest = x.abs().amax(-1, keepdim=True)
+    whole = torch.round(x * (127 / largest))
+    assert whole.abs().max() <= 127
+    return whole.double() * (largest / 127).double()
+
+
+def assert_close(y, x, weight, bias, relative=1e-6):
+    """Rounding grows with the sum of absolute values, not with a result that may cancel."""
+    expected, scale = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    if bias is not None:
+        expected, scale = expected + bias.double(), scale + bias.double().abs()
+    assert y.shape == expected.shape
+    assert ((y.double() - expected).abs() <= relative * scale + 1e-30).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    bits=st.sampled_from(ALL_BITS),
+    outputs=st.integers(1, 5),
+    inputs=st.integers(1, 70),
+    seed=st.integers(0, 99),
+)
+def test_unpack_undoes_pack(bits, outputs, inputs, seed):
+    codes = drawn_codes(outputs, inputs, bits, seed)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (outputs, -(-inputs * bits // 8))
+    assert torch.equal(unpack(packed, bits, inputs).long(), codes)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_a_row_is_one_little_endian_number(bits):
+    codes = drawn_codes(3, 29, bits)
+    for row, packed in zip(codes.tolist(), pack(codes, bits).tolist(), strict=True):
+        number = sum(code << (j * bits) for j, code in enumerate(row))
+        assert bytes(packed) == number.to_bytes(len(packed), "little")
+
+
+def test_codes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="codes must be from 0 to 7, got 0 to 8"):
+        pack(torch.tensor([[0, 8]]), 3)
+    with pytest.raises(ValueError, match="codes must be from 0 to 7, got -1 to 3"):
+        pack(torch.tensor([[-1, 3]]), 3)
+    with pytest.raises(ValueError, match="bits must be between 1 and 8, got 9"):
+        pack(torch.tensor([[0, 8]]), 9)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group", [None, 7])
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,)])
+def test_uniform_reference_equals_the_dense_product(batch, bits, group, zeros):
+    arguments, weight = uniform(batch, 11, 35, bits, group=group, zeros=zeros)
+    assert_close(quantized.reference(*arguments), arguments[0], weight, arguments[-1])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_int8_reference_equals_the_product_of_the_rounded_vectors(bits):
+    arguments, weight = uniform((5,), 11, 35, bits, group=7)
+    y = quantized.reference(*arguments, activations="int8")
+    assert_close(y, rounded(arguments[0]), weight, arguments[-1])
+    ties = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    assert quantized.quantize_activations(ties)[0].tolist() == [[127.0, 0.0, 2.0, 2.0, 0.0, -2.0]]
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,)])
+def test_codebook_reference_equals_the_dense_product(batch, bits, per_row):
+    arguments, weight = with_codebook(batch, 11, 35, bits, per_row=per_row)
+    assert_close(quantized.codebook_reference(*arguments), arguments[0], weight, arguments[-1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "relative"), [(torch.float64, 1e-13), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+)
+def test_other_dtypes(dtype, relative):
+    arguments, weight = uniform((3,), 11, 35, 4, group=7, zeros=True, dtype=dtype)
+    y = quantized_apply(*arguments)
+    assert y.dtype == dtype
+    assert_close(y, arguments[0], weight, arguments[-1], relative)
+    arguments, weight = with_codebook((3,), 11, 35, 4, dtype=dtype)
+    y = codebook_apply(*arguments)
+    assert y.dtype == dtype
+    assert_close(y, arguments[0], weight, arguments[-1], relative)
+
+
+def recorded(arguments, wanted):
+    return [
+        a.clone().requires_grad_() if i in wanted and isinstance(a, torch.Tensor) else a
+        for i, a in enumerate(arguments)
+    ]
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_uniform_gradients_equal_finite_differences(zeros):
+    arguments, _ = uniform((2, 3), 5, 6, 3, group=3, zeros=zeros, dtype=torch.float64)
+    arguments = recorded(arguments, {0, 2, 3, 7})
+    for route in (quantized_apply, lambda *a: torch.ops.weft.quantized_apply(*a, False)):
+        assert torch.autograd.gradcheck(route, arguments)
+        assert torch.autograd.gradgradcheck(route, arguments)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_codebook_gradients_equal_finite_differences(per_row):
+    arguments, _ = with_codebook((2, 3), 5, 6, 2, per_row=per_row, dtype=torch.float64)
+    arguments = recorded(arguments, {0, 2, 5})
+    for route in (codebook_apply, torch.ops.weft.codebook_apply):
+        assert torch.autograd.gradcheck(route, arguments)
+        assert torch.autograd.gradgradcheck(route, arguments)
+
+
+def test_gradients_of_int8_pass_the_rounding_unchanged():
+    arguments, weight = uniform((4,), 5, 6, 4, group=3, zeros=True, dtype=torch.float64)
+    ours, theirs = recorded(arguments, {0, 2, 3, 7}), recorded(arguments, {0, 2, 3, 7})
+    direction = torch.randn(4, 5, generator=generator_of(3), dtype=torch.float64)
+    torch.ops.weft.quantized_apply(*ours, True).backward(direction)
+    quantized_apply(*theirs, activations="int8").backward(direction)
+    torch.testing.assert_close(theirs[0].grad, direction @ weight)
+    for place in (0, 2, 3, 7):
+        torch.testing.assert_close(ours[place].grad, theirs[place].grad)
+
+
+def test_operations_obey_the_dispatchers_rules():
+    for batch in [(3,), (2, 3), (0,), ()]:
+        for more in (True, False):
+            arguments, _ = uniform(batch, 5, 6, 3, group=3, zeros=more, bias=more)
+            for int8 in (False, True):
+                operation = torch.ops.weft.quantized_apply.default
+                torch.library.opcheck(operation, (*recorded(arguments, {0, 2, 3, 7}), int8))
+            arguments, _ = with_codebook(batch, 5, 6, 3, per_row=more, bias=more)
+            torch.library.opcheck(
+                torch.ops.weft.codebook_apply.default, tuple(recorded(arguments, {0, 2, 5}))
+            )
+
+
+CALLS = {
+    "uniform": (lambda *a: quantized_apply(*a), lambda: uniform((3,), 5, 14, 3, group=7, zeros=True)),
+    "int8": (lambda *a: quantized_apply(*a, "int8"), lambda: uniform((3,), 5, 14, 4, group=7)),
+    "codebook": (lambda *a: codebook_apply(*a), lambda: with_codebook((3,), 5, 14, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_compiles_into_one_graph_that_holds_the_operation(kind):
+    call, make = CALLS[kind]
+    arguments, _ = make()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(call, fullgraph=True, backend=backend)(*arguments)
+    assert "torch.ops.weft." in graphs[0].code
+    y = torch.compile(call, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(y, call(*arguments))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, call, arguments):
+        super().__init__()
+        self.call, self.arguments = call, arguments
+
+    def forward(self, x):
+        return self.call(x, *self.arguments)
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_exported_program_needs_no_operation_of_ours(kind):
+    call, make = CALLS[kind]
+    (x, *others), _ = make()
+    batch = torch.export.Dim("batch", min=1, max=512)
+    program = torch.export.export(Layer(call, others), (x,), dynamic_shapes=({0: batch},))
+    assert not [node for node in program.graph.nodes if "weft" in str(node.target)]
+    larger = torch.randn(9, 14, generator=generator_of(5))
+    torch.testing.assert_close(program.module()(larger), call(larger, *others))
+
+
+def test_transforms_and_autocast():
+    arguments, weight = uniform((4,), 5, 14, 3, group=7)
+    others = arguments[1:]
+    y = torch.func.vmap(lambda x: quantized_apply(x, *others))(arguments[0])
+    assert_close(y, arguments[0], weight, arguments[-1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert quantized_apply(*arguments).dtype == torch.bfloat16
+
+
+def faults():
+    (x, codes, scales, zeros, bits, group, inputs, bias), _ = uniform((4,), 5, 14, 4, group=7, zeros=True)
+    good = {
+        "x": x,
+        "codes": codes,
+        "scales": scales,
+        "zeros": zeros,
+        "bits": bits,
+        "group": group,
+        "inputs": inputs,
+        "bias": bias,
+    }
+    wrong = [
+        ({"x": torch.zeros(4, 13)}, ValueError, r"x must be of shape \(\*batch, 14\)"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x must be of shape"),
+        (
+            {"codes": codes[:, :-1]},
+            ValueError,
+            r"codes must be of shape \(outputs, 7\) for 14 codes",
+        ),
+        ({"codes": codes[0]}, ValueError, "codes must be of shape"),
+        ({"codes": codes.int()}, TypeError, "codes must be of dtype torch.uint8"),
+        ({"scales": scales[:, :1]}, ValueError, r"scales must be of shape \(5, 2\)"),
+        ({"zeros": zeros[:4]}, ValueError, r"zeros must be of shape \(5, 2\)"),
+        ({"bits": 0}, ValueError, "bits must be between 1 and 8, got 0"),
+        ({"bits": 17}, ValueError, "bits must be between 1 and 8, got 17"),
+        ({"group": 5}, ValueError, "group must be a divisor of 14 inputs, got 5"),
+        ({"group": 0}, ValueError, "group must be between 1 and 14"),
+        ({"bias": bias[:-1]}, ValueError, r"bias must be of shape \(5,\)"),
+        ({"activations": "int4"}, ValueError, "activations must be one of 'float', 'int8'"),
+    ]
+    return [(good, *each) for each in wrong]
+
+
+@pytest.mark.parametrize(("good", "wrong", "error", "message"), faults())
+def test_sizes_that_do_not_fit_raise(good, wrong, error, message):
+    with pytest.raises(error, match=message):
+        quantized_apply(**{**good, **wrong})
+
+
+def test_codebook_of_the_wrong_size_is_refused():
+    (x, codes, book, bits, inputs, bias), _ = with_codebook((4,), 5, 14, 4)
+    with pytest.raises(ValueError, match=r"codebook must be of shape \(1, 16\) or \(5, 16\), got \(1, 15\)"):
+        codebook_apply(x, codes, book[:, :-1], bits, inputs, bias)
+
+
+def test_public_names():
+    assert kernels.quantized_apply is quantized_apply
+    assert kernels.codebook_apply is codebook_apply
