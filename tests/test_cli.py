@@ -91,6 +91,17 @@ def test_one_command_walks_the_whole_path_and_the_file_alone_rebuilds_the_networ
     assert not small.training
 
 
+def test_a_file_can_be_entropy_coded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("constriction")
+    command = "compress models.py:network --data digits --samples 200 --budget bytes=0.3 --families LowRank"
+    assert weft(monkeypatch, f"{command} -o plain.safetensors") == 0
+    assert weft(monkeypatch, f"{command} --entropy-coding -o coded.safetensors") == 0
+    plain, coded = load(folder / "plain.safetensors"), load(folder / "coded.safetensors")
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, coded.state_dict()[name])
+    assert (folder / "coded.safetensors").stat().st_size < (folder / "plain.safetensors").stat().st_size
+
+
 def test_export_is_checked_in_onnxruntime(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

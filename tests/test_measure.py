@@ -25,6 +25,7 @@ from weft.measure import (
     call,
     environment,
     evaluating,
+    footprint,
     latencies,
     layer_rows,
     logits_of,
@@ -37,6 +38,7 @@ from weft.measure import (
 from weft.report.report import Report
 from weft.structures.base import Cost, Geometry
 from weft.structures.low_rank import LowRank
+from weft.structures.pruned import Pruned
 
 
 class Argmax(nn.Module):
@@ -456,13 +458,42 @@ def test_the_report_shows_itself_as_text_table_json_and_page(
         "accuracy",
         "parameters",
         "bytes",
+        "bytes, entropy bound",
+        "bytes in memory",
         "multiply-adds",
         "latency, batch 1, 1 thread",
     ]
     assert f"{report.dense_cost.parameters:,}" in lines[2]
-    assert report.table().row_count == 5
+    assert report.table().row_count == 7
     data = json.loads(json.dumps(report.to_json()))
     assert Report.from_json(data) == report
     page = report.write_html(tmp_path / "report.html", title="A title", command="weft report").read_text()
     assert "A title" in page
     assert f"{report.cost.parameters:,}" in page
+
+
+def test_the_footprint_counts_what_is_stored_unpacked_and_at_the_entropy() -> None:
+    small = weft.compress(nn.Sequential(nn.Linear(64, 50)), {"0": Pruned(0.1)}).model.eval()
+    before = footprint(small)
+    assert before.stored == network_cost(small).bytes
+    unpacked = sum(buffer.nbytes for buffer in small.buffers()) - small[0].matrix.support.nbytes
+    assert unpacked > 0
+    assert before.memory == before.stored + unpacked + small[0].matrix.derived_bytes()
+    assert 0.5 * before.stored < before.entropy_bound < before.stored
+    tied = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+    tied[1].weight = tied[0].weight
+    assert footprint(tied).stored == footprint(tied).memory == 4 * (36 + 12)
+
+
+def test_a_report_shows_the_bytes_in_memory_and_at_the_entropy(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
+    dense, small = pair
+    report = weft.measure(small, against=dense, data=held_out(), batches=[1], seconds=0.01)
+    assert report.footprint == footprint(small)
+    named = {row[0]: row for row in report.rows()}
+    assert named["bytes in memory"][2] == f"{report.footprint.memory:,}"
+    assert named["bytes, entropy bound"][2] == f"{report.footprint.entropy_bound:,}"
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    old = {key: value for key, value in report.to_json().items() if "footprint" not in key}
+    assert "bytes in memory" not in {row[0] for row in Report.from_json(old).rows()}

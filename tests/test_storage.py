@@ -25,6 +25,7 @@ from weft.storage import read_metadata, structured_layers, write_beside, write_t
 from weft.structures.base import Shape
 from weft.structures.dense import Dense
 from weft.structures.low_rank import LowRank
+from weft.structures.pruned import Pruned
 
 
 class Network(nn.Module):
@@ -331,9 +332,9 @@ def test_a_truncated_file_is_refused(saved: Path, length: int) -> None:
 
 def test_other_versions_and_other_files_are_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="must be of format version 1, got version '2'; use the weft that wrote it"
+        ValueError, match="must be of format version 1 or 2, got version '3'; use the weft that wrote it"
     ):
-        weft.load(rewritten(saved, format_version="2"), model=network())
+        weft.load(rewritten(saved, format_version="3"), model=network())
     plain = tmp_path / "plain.safetensors"
     save_file({"weight": torch.ones(2)}, plain)
     with pytest.raises(ValueError, match=r"plain\.safetensors must be a file written by weft\.save"):
@@ -417,3 +418,77 @@ def test_a_model_that_is_compressed_already_is_told_so(saved: Path) -> None:
 def test_dense_members_of_a_plan_load_too(tmp_path: Path) -> None:
     small = compressed(network(), lambda shape: Dense())
     assert_same(weft.load(weft.save(small, tmp_path / "file.safetensors"), model=network(2)), small)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Entropy coding
+
+
+@pytest.fixture(params=["range", "huffman"])
+def coder(request: pytest.FixtureRequest) -> str:
+    if request.param == "range":
+        pytest.importorskip("constriction")
+    return request.param
+
+
+def pruned_network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 3))
+    return weft.compress(model, {"0": Pruned(0.1)}).model.eval()
+
+
+def dense_of_pruned() -> nn.Module:
+    return nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 3)).eval()
+
+
+def test_a_coded_file_is_smaller_and_loads_bitwise_the_same(tmp_path: Path, coder: str) -> None:
+    small = pruned_network()
+    plain = weft.save(small, tmp_path / "plain.safetensors")
+    coded = weft.save(small, tmp_path / "coded.safetensors", entropy_coding=coder)
+    assert coded.stat().st_size < 0.95 * plain.stat().st_size
+    again = weft.load(coded, model=dense_of_pruned())
+    assert_same(again, small)
+    assert torch.equal(again(torch.ones(2, 200)), small(torch.ones(2, 200)))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["coded.safetensors", "plain.safetensors"]
+
+
+@each_example
+def test_every_family_is_coded_and_comes_back(example: Example, tmp_path: Path) -> None:
+    small = compressed(network(), example.structure)
+    path = weft.save(small, tmp_path / "small.safetensors", entropy_coding="huffman")
+    assert_same(weft.load(path, model=network(seed=7)), small)
+
+
+def test_small_tensors_that_would_grow_are_stored_as_they_are(tmp_path: Path, coder: str) -> None:
+    model = nn.Linear(2, 2)
+    path = weft.save(model, tmp_path / "tiny.safetensors", entropy_coding=coder)
+    assert read_metadata(path)["coding"] == "{}"
+    assert_same(weft.load(path, model=nn.Linear(2, 2)), model)
+
+
+def test_damage_inside_a_coded_tensor_is_refused_by_name(tmp_path: Path, coder: str) -> None:
+    path = weft.save(pruned_network(), tmp_path / "coded.safetensors", entropy_coding=coder)
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 0xFF  # the tensors stand at the end of the file
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"tensor .* must be whole, got .*write it again with weft.save"):
+        weft.load(path, model=dense_of_pruned())
+    path.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        weft.load(path, model=dense_of_pruned())
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"0.bias": 3}', '{"0.matrix.values": ["strange", [2000]]}'])
+def test_damaged_coding_is_refused(tmp_path: Path, text: str) -> None:
+    path = weft.save(pruned_network(), tmp_path / "coded.safetensors", entropy_coding="huffman")
+    with safe_open(path, framework="pt") as opened:
+        metadata = {**opened.metadata(), "coding": text}
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(ValueError, match="the file is damaged"):
+        weft.load(path, model=dense_of_pruned())
+
+
+def test_an_unknown_coder_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="entropy_coding must be one of 'range', 'huffman'"):
+        weft.save(network(), tmp_path / "x.safetensors", entropy_coding="zip")
+    assert not list(tmp_path.iterdir())

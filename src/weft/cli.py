@@ -27,7 +27,7 @@ from weft.report.report import Report, measure
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import fine_tune
 from weft.sources import Data, load, load_data, load_model
-from weft.storage import read_json, read_metadata, save, structured_layers, write_text
+from weft.storage import coder_of, read_json, read_metadata, save, structured_layers, write_text
 from weft.structures import families
 from weft.survey import Survey, survey
 
@@ -72,6 +72,10 @@ Method = Annotated[str, typer.Option("--method", help=f"How the budget is divide
 Smallfile = Annotated[Path, typer.Argument(metavar="FILE", help="A network that weft saved (.safetensors).")]
 Dense = Annotated[
     str | None, typer.Option("--model", help="The dense network, where FILE does not record its source.")
+]
+EntropyCoded = Annotated[
+    bool,
+    typer.Option("--entropy-coding", help="Store in as few bits as the frequencies allow: weft[entropy]."),
 ]
 BatchSizes = Annotated[str, typer.Option("--batches", help="Batch sizes to time, separated by commas.")]
 ThreadCounts = Annotated[
@@ -158,9 +162,11 @@ def compress_command(
         int, typer.Option("--epochs", min=0, help="Passes of fine-tuning with the dense network as teacher.")
     ] = 0,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of the fine-tuning.")] = 1e-3,
+    entropy_coding: EntropyCoded = False,
 ) -> None:
     """Fits every layer of a plan, or walks the whole path from a model to a smaller one."""
     _check_folder(output)
+    coder_of(entropy_coding)
     if model.endswith(".json"):
         if budget is not None:
             raise ValueError(
@@ -188,7 +194,7 @@ def compress_command(
     _print_plan(plan, found, log)
     if epochs:
         small = _tune(small, network, _needed(loaded), epochs, learning_rate, batch_size)
-    save(small, output, source=source, weights=weights_file)
+    save(small, output, source=source, weights=weights_file, entropy_coding=entropy_coding)
     console.print(f"wrote {output} ({output.stat().st_size:,} bytes)")
 
 
@@ -207,12 +213,14 @@ def finetune_command(
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training data.")] = 1,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of AdamW.")] = 1e-3,
     batch_size: BatchSize = 64,
+    entropy_coding: EntropyCoded = False,
 ) -> None:
     """Trains a compressed network further, with the dense one as teacher."""
     _check_folder(output)
+    coder_of(entropy_coding)
     small, network, source, weights_file = _read_pair(file, dense, weights)
     tuned = _tune(small, network, load_data(data), epochs, learning_rate, batch_size)
-    save(tuned, output, source=source, weights=weights_file)
+    save(tuned, output, source=source, weights=weights_file, entropy_coding=entropy_coding)
     console.print(f"wrote {output} ({output.stat().st_size:,} bytes)")
 
 

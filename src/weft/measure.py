@@ -20,6 +20,7 @@ from weft import checks
 from weft.kernels import route
 from weft.layers.base import StructuredLayer
 from weft.layers.replace import geometry_of_layer, looks_up
+from weft.numerics.entropy_coding import entropy_bound
 from weft.progress import track
 from weft.storage import structured_layers
 from weft.structures.base import Cost
@@ -314,6 +315,57 @@ def network_cost(model: nn.Module, batch: Batch | None = None) -> Cost:
         size += tensor.nbytes
         parameters += tensor.numel() if key[0] in trainable else 0
     return Cost(parameters, size, 0 if batch is None else _count_multiply_adds(model, batch))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a network's tensors take, in bytes.
+
+    Attributes:
+        stored: in a file, entropy coding aside: parameters and persistent buffers, shared ones once.
+        memory: in this process: those, buffers unpacked from them, and what structured matrices keep.
+        entropy_bound: in a file with entropy coding, at the least: `weft.save(..., entropy_coding=True)`
+            comes near.
+    """
+
+    stored: int
+    memory: int
+    entropy_bound: int
+
+
+def footprint(model: nn.Module) -> Footprint:
+    """Counts the bytes of a network's tensors.
+
+    Args:
+        model: the network; what its last call unpacked and kept counts as memory.
+
+    Returns:
+        The bytes stored, in memory, and at the entropy of the stored symbols.
+
+    Examples:
+        >>> footprint(nn.Linear(4, 4)).stored
+        80
+    """
+    stored = _distinct(model.state_dict().values())
+    held = _distinct([*model.state_dict().values(), *model.parameters(), *model.buffers()])
+    kept = sum(
+        {
+            module.matrix: module.matrix.derived_bytes()
+            for module in model.modules()
+            if isinstance(module, StructuredLayer)
+        }.values()
+    )
+    return Footprint(
+        sum(tensor.nbytes for tensor in stored),
+        sum(tensor.nbytes for tensor in held) + kept,
+        sum(entropy_bound(tensor) for tensor in stored),
+    )
+
+
+def _distinct(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among values, those that share their memory once."""
+    tensors = [value.detach() for value in values if isinstance(value, Tensor)]
+    return list({(tensor.data_ptr(), tensor.shape, tensor.dtype): tensor for tensor in tensors}.values())
 
 
 def _attention_flops(
@@ -627,6 +679,8 @@ class Measurement:
         latencies: times, measured in turns.
         layers: the compressed layers.
         environment: machine and versions.
+        dense_footprint: the dense network's bytes; None in measurements from before they were counted.
+        footprint: the compressed one's.
     """
 
     metric: str
@@ -637,6 +691,8 @@ class Measurement:
     latencies: list[Latency]
     layers: list[LayerRow]
     environment: dict[str, Any]
+    dense_footprint: Footprint | None = None
+    footprint: Footprint | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The measurement as JSON-ready data.

@@ -53,10 +53,10 @@ def test_a_gap_of_millions_of_places_needs_no_filler_entries() -> None:
     "damage",
     [
         lambda stream: stream[:0],
-        lambda stream: stream[:-3],
+        lambda stream: stream[3:],
         lambda stream: torch.cat([stream, stream]),
-        lambda stream: torch.cat([stream.new_tensor([99]), stream[1:]]),
-        lambda stream: torch.cat([stream[:1] + 1, stream[1:]]),
+        lambda stream: torch.cat([stream[:-1], stream.new_tensor([99])]),
+        lambda stream: torch.cat([stream[:-1], stream[-1:] + 1]),
         lambda stream: stream.to(torch.int32),
     ],
 )

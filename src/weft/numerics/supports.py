@@ -11,8 +11,8 @@ With entries kept at random at density p, gaps of the best width come within abo
 h(p) = −p log₂ p − (1−p) log₂ (1−p) bits per place: 0.52 bits at p = 0.1 where a bitmap takes 1, and 8- or
 16-bit column indices take 1.6 or more. Both forms know no largest number of columns.
 
-The stream is bytes: the first is the number of bits of a gap (0 for a bitmap), codes follow with the least
-significant bit first, padded with ones (gaps) or zeros (bitmap).
+The stream is bytes: codes with the least significant bit first, padded with ones (gaps) or zeros (bitmap);
+the last byte is the number of bits of a gap, 0 for a bitmap.
 
 Source: Han et al. 2016, section 2 (relative indices; there zero values are stored at long gaps).
 """
@@ -98,7 +98,7 @@ def encode_support(mask: Tensor) -> Tensor:
         codes = torch.full((8 * sizes[bits] // bits + 1,), escape, device=mask.device)
         codes[ends] = gaps % escape
         stream = pack_bits(codes, bits)[: sizes[bits]]
-    return torch.cat([stream.new_tensor([bits]), stream])
+    return torch.cat([stream, stream.new_tensor([bits])])
 
 
 def decode_support(stream: Tensor, size: int, count: int, argument: str = "support") -> Tensor:
@@ -124,13 +124,13 @@ def decode_support(stream: Tensor, size: int, count: int, argument: str = "suppo
     if stream.ndim != 1 or stream.dtype != torch.uint8 or not len(stream):
         got = f"{stream.dtype} of shape {tuple(stream.shape)}"
         raise ValueError(checks.fault(argument, "a stream of bytes", got, remedy))
-    bits = int(stream[0])
+    bits = int(stream[-1])
     if bits > _WIDEST:
         raise ValueError(checks.fault(argument, f"of gaps of at most {_WIDEST} bits", bits, remedy))
     if not bits:
-        places = unpack_bits(stream[1:], 1).nonzero().squeeze(1)
+        places = unpack_bits(stream[:-1], 1).nonzero().squeeze(1)
     else:
-        codes = unpack_bits(stream[1:], bits)
+        codes = unpack_bits(stream[:-1], bits)
         kept = codes != (1 << bits) - 1
         places = (codes + kept).cumsum(0)[kept] - 1
     # Padding is less than one byte, except that a bitmap knows its own length.

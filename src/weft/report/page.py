@@ -84,6 +84,11 @@ def _figures(measurement: Mapping[str, Any]) -> list[dict[str, str]]:
         if dense[key]:
             value = f"{100 * cost[key] / dense[key]:.1f} %"
             figures.append(_figure(name, value, f"{write(cost[key])} of {write(dense[key])}"))
+    was, now = measurement.get("dense_footprint"), measurement.get("footprint")
+    if was and now:
+        for name, key in (("bytes at the entropy bound", "entropy_bound"), ("bytes in memory", "memory")):
+            share = f"{100 * now[key] / max(was['stored'], 1):.1f} %"
+            figures.append(_figure(name, share, f"{_bytes(now[key])}; dense {_bytes(was['stored'])} stored"))
     for entry in measurement["latencies"]:
         ratio = entry["compressed"]["median"] / entry["dense"]["median"]
         name = f"time, batch {entry['batch']}, {_threads(entry['threads'])}"

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from weft import checks
 from weft.measure import (
+    Footprint,
     Latency,
     LayerRow,
     Measurement,
@@ -21,6 +22,7 @@ from weft.measure import (
     batch_size,
     check_repeatable,
     environment,
+    footprint,
     latencies,
     layer_rows,
     network_cost,
@@ -54,7 +56,13 @@ class Report(Measurement):
             ("bytes", dense.bytes, cost.bytes),
             ("multiply-adds", dense.multiply_adds, cost.multiply_adds),
         ):
-            rows.append((name, f"{was:,}", f"{now:,}", f"{was / now:.2f}x" if now else "-"))
+            rows.append(_counts(name, was, now))
+        if self.dense_footprint is not None and self.footprint is not None:
+            was, now = self.dense_footprint, self.footprint
+            rows[3:3] = [
+                _counts("bytes, entropy bound", was.entropy_bound, now.entropy_bound),
+                _counts("bytes in memory", was.memory, now.memory),
+            ]
         for latency in self.latencies:
             threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
             rows.append((
@@ -89,7 +97,10 @@ class Report(Measurement):
             for row in data["layers"]
         ]
         costs = {name: Cost(**data[name]) for name in ("dense_cost", "cost")}
-        return cls(**{**data, **costs, "latencies": latency_rows, "layers": layers})
+        footprints = {
+            name: Footprint(**data[name]) for name in ("dense_footprint", "footprint") if data.get(name)
+        }
+        return cls(**{**data, **costs, **footprints, "latencies": latency_rows, "layers": layers})
 
     def save(self, path: str | os.PathLike[str], *, command: str = "") -> Path:
         """Writes the measurement as JSON, for `weft report`.
@@ -166,6 +177,10 @@ class Report(Measurement):
         return write_text(path, page)
 
 
+def _counts(name: str, was: int, now: int) -> tuple[str, str, str, str]:
+    return name, f"{was:,}", f"{now:,}", f"{was / now:.2f}x" if now else "-"
+
+
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms"
 
@@ -228,7 +243,7 @@ def measure(
             return float(metric(model, data))
 
         name = getattr(metric, "__name__", "metric")
-    return Report(
+    report = Report(
         metric=metric_name or name,
         dense_value=evaluate(against),
         value=evaluate(small),
@@ -240,3 +255,5 @@ def measure(
         layers=layer_rows(small),
         environment=environment(),
     )
+    # After the timings, when everything that a call unpacks and keeps is there.
+    return replace(report, dense_footprint=footprint(against), footprint=footprint(small))
