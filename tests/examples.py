@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 import pytest
 
 from weft.structures.base import Geometry, Shape, Structure, matrix_shape
+from weft.structures.canonical_polyadic import CanonicalPolyadic
 from weft.structures.dense import Dense
 from weft.structures.hierarchical import Hierarchical
 from weft.structures.low_rank import LowRank
 from weft.structures.product_quantized import ProductQuantized
 from weft.structures.pruned import Pruned
 from weft.structures.semiseparable import SequentiallySemiseparable
+from weft.structures.separable import Separable
 from weft.structures.sparse_product import SparseProduct
 from weft.structures.tensor_train import TensorTrain
+from weft.structures.tucker import Tucker
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class Example:
 
 def _quarter(shape: Shape) -> int:
     return max(1, min(matrix_shape(shape)) // 4)
+
+
+def _part(shape: Shape, axis: int) -> int:
+    """Half of a kernel's mode; on a matrix half of the smaller side."""
+    return max(1, (shape[axis] if len(shape) > 2 and max(shape[2:]) > 1 else min(shape[:2])) // 2)
 
 
 def _stages(shape: Shape) -> int:
@@ -151,6 +159,24 @@ EXAMPLES = [
         "tensor_train_balanced",
         lambda shape: TensorTrain(_quarter(shape), cores=2, method="randomized", modes="balanced"),
         reason="as above",
+    ),
+    Example(
+        "tucker",
+        lambda shape: Tucker((_part(shape, 0), _part(shape, 1))),
+        exact=True,
+        monotone={"ranks": ((1, 1), (2, 2), (3, 3), (5, 5), (8, 8))},
+    ),
+    Example("tucker_vbmf", lambda shape: Tucker("vbmf"), reason="the ranks of noise are not found again"),
+    Example(
+        "canonical_polyadic",
+        lambda shape: CanonicalPolyadic(_quarter(shape)),
+        monotone={"rank": (1, 2, 3, 5, 8)},
+    ),
+    Example(
+        "separable",
+        lambda shape: Separable(max(1, min(shape[:2]) // 2)),
+        exact=True,
+        monotone={"rank": (1, 2, 3, 5, 8)},
     ),
 ]
 

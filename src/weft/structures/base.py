@@ -15,7 +15,7 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -43,6 +43,7 @@ __all__ = [
     "ladder",
     "matrix_multiply_adds",
     "matrix_shape",
+    "pointwise",
     "relative_error",
     "runs_dense",
 ]
@@ -171,6 +172,36 @@ class Geometry:
         """
         return 1 if self.input_size is None else math.prod(self.output_size(kernel))
 
+    def along(self, kernel: Sequence[int], *parts: Sequence[int]) -> "list[Geometry]":
+        """The geometries of a chain of convolutions that each know some of the axes, in this order.
+
+        A kernel that is a product of kernels along its axes is such a chain: every padding mode pads one axis
+        after the other, and what is padded along one axis is not changed by a convolution along another.
+
+        Args:
+            kernel: the kernel's spatial size.
+            parts: the axes of every step; along all others a step has stride 1 and no padding.
+
+        Returns:
+            One geometry per part; each input size, where it is known, is the output size of the step before.
+        """
+        longer = self.output_padding or (0,) * len(kernel)
+        steps, size = [], self.input_size
+        for part in parts:
+            chosen = [axis in part for axis in range(len(kernel))]
+            step = replace(
+                self,
+                stride=tuple(self.stride[axis] if own else 1 for axis, own in enumerate(chosen)),
+                padding=tuple(self.padding[axis] if own else (0, 0) for axis, own in enumerate(chosen)),
+                dilation=tuple(self.dilation[axis] if own else 1 for axis, own in enumerate(chosen)),
+                output_padding=tuple(longer[axis] if own else 0 for axis, own in enumerate(chosen)),
+                input_size=size,
+            )
+            widths = [width if own else 1 for width, own in zip(kernel, chosen, strict=True)]
+            size = None if size is None else step.output_size(widths)
+            steps.append(step)
+        return steps
+
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Applies the padding that a convolution cannot do itself.
 
@@ -213,6 +244,31 @@ class Geometry:
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED_CONVOLUTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+# From this many positions on, oneDNN's 1×1 convolution loses more by reordering its images than it gains.
+_FEWEST_PRODUCT_POSITIONS = 512
+
+
+def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    """A 1×1 convolution, the outer steps of a chain.
+
+    Args:
+        x: images, shape (batch, channels, *space).
+        matrix: shape (outputs, channels / groups).
+        bias: shape (outputs,), or None.
+        groups: number of groups.
+
+    Returns:
+        Shape (batch, outputs, *space).
+    """
+    if groups == 1 and in_plain_eager() and x.device.type == "cpu" and x.is_contiguous():
+        positions = math.prod(x.shape[2:])
+        if positions >= _FEWEST_PRODUCT_POSITIONS:
+            y = torch.matmul(matrix, x.flatten(2)).reshape(x.shape[0], -1, *x.shape[2:])
+            return y if bias is None else y + bias.reshape(-1, *(1,) * (x.ndim - 2))
+    kernel = matrix.reshape(*matrix.shape, *(1,) * (x.ndim - 2))
+    return CONVOLUTIONS[x.ndim - 2](x, kernel, bias, groups=groups)
 
 
 def exchange_channels(kernel: Tensor, groups: int = 1) -> Tensor:

@@ -1,23 +1,23 @@
 """Low rank: Ŵ = L R with r columns in L, the classical compression of a layer.
 
-With Grams the fit has a closed form (generalised Eckart-Young): with roots Ĝ = S Sᵀ and H = T Tᵀ the nearest
-matrix of rank r in ‖Tᵀ(W − Ŵ)S‖_F is Ŵ = T⁻ᵀ U_r U_rᵀ Tᵀ W, where U_r are the leading left singular vectors
-of Tᵀ W S. S is never inverted, so a singular input Gram needs no care.
+With Grams the fit has a closed form, the generalised Eckart-Young theorem: see
+`numerics/nearest_low_rank.py`.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import checks
 from weft.kernels.low_rank import low_rank_apply
 from weft.numerics.aca import adaptive_cross_approximation
-from weft.numerics.gram import BlockDiagonalGram, squared_error
+from weft.numerics.gram import BlockDiagonalGram
+from weft.numerics.nearest_low_rank import errors_by_rank, nearest_of_rank
 from weft.numerics.rank_revealing_qr import rank_revealing_qr
 from weft.numerics.svd import randomized_svd, truncated_svd
 from weft.structures.base import (
@@ -97,54 +97,26 @@ class LowRank(Structure):
         start: StructuredMatrix | None,
         generator: torch.Generator | None,
     ) -> "LowRankMatrix":
-        matrix = weight.flatten(1)
-        groups = isinstance(input_gram, BlockDiagonalGram)
-        closed_form = self.method == "svd" and not groups
-        # Without a closed form the plain fit may happen to be the better one in the weighted norm.
-        metrics = [(input_gram, output_gram)]
-        if not closed_form and (input_gram is not None or output_gram is not None):
-            metrics.append((None, None))
-        fits = []
-        for column_metric, row_metric in metrics:
-            mean = None if column_metric is None else column_metric.average()
-            left, right = self._project(matrix, mean, row_metric, generator)
-            if groups and output_gram is None:
-                left = _solve_left_by_group(matrix, right, input_gram)
-            fits.append((left, right))
-        if len(fits) > 1:
-            fits.sort(key=lambda fit: float(squared_error(matrix - fit[0] @ fit[1], input_gram, output_gram)))
-        left, right = _balance(*fits[0])
+        left, right = nearest_of_rank(
+            weight.flatten(1),
+            self.rank,
+            input_gram=input_gram,
+            output_gram=output_gram,
+            method=self._method(generator),
+        )
         return LowRankMatrix(self, weight.shape, left, right.reshape(self.rank, *weight.shape[1:]))
 
-    def _project(
-        self,
-        matrix: Tensor,
-        input_gram: Gram | None,
-        output_gram: Gram | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor]:
-        """L = T⁻ᵀ U_r and R = U_rᵀ Tᵀ W."""
-        coloured = matrix if output_gram is None else output_gram.whiten(matrix.T).T  # Tᵀ W
-        basis = self._basis(coloured if input_gram is None else input_gram.whiten(coloured), generator)
-        left = basis if output_gram is None else output_gram.unwhiten(basis.T).T
-        return left, basis.T @ coloured
-
-    def _basis(self, matrix: Tensor, generator: torch.Generator | None) -> Tensor:
-        """An orthonormal basis of `rank` columns near the leading left singular vectors."""
+    def _method(self, generator: torch.Generator | None) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        """What gives the column space."""
         match self.method:
             case "svd":
-                left, _ = truncated_svd(matrix, self.rank)
+                return truncated_svd
             case "randomized":
-                left, _ = randomized_svd(
-                    matrix, self.rank, generator=generator or torch.Generator().manual_seed(0)
-                )
+                return partial(randomized_svd, generator=generator or torch.Generator().manual_seed(0))
             case "rrqr":
-                left, _ = rank_revealing_qr(matrix, self.rank)
+                return rank_revealing_qr
             case _:
-                left, _ = adaptive_cross_approximation(matrix, self.rank)
-        # Householder's Q is orthonormal whatever the columns: zeros stand in where the matrix had no more to
-        # give.
-        return torch.linalg.qr(F.pad(left, (0, self.rank - left.shape[1]))).Q
+                return adaptive_cross_approximation
 
     def initialise(
         self, shape: Shape, *, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
@@ -180,14 +152,7 @@ class LowRank(Structure):
             )
         checks.weight(weight)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        matrix = weight.detach().to(dtype).flatten(1)
-        if output_gram is not None:
-            matrix = output_gram.whiten(matrix.T).T
-        if input_gram is not None:
-            matrix = input_gram.whiten(matrix)
-        energy = torch.linalg.svdvals(matrix.to(torch.float64)).square()
-        beyond = energy.flip(0).cumsum(0).flip(0)
-        errors = (torch.cat([beyond[1:], beyond.new_zeros(1)]) / beyond[0].clamp_min(1e-300)).sqrt().tolist()
+        errors = errors_by_rank(weight.detach().to(dtype).flatten(1), input_gram, output_gram).tolist()
         shape = tuple(weight.shape)
         curve = []
         for rank in range(1, _break_even(shape) + 1):
@@ -204,22 +169,6 @@ def _break_even(shape: Shape) -> int:
     """The largest rank that stores fewer numbers than the dense weight, at least 1."""
     outputs, inputs = matrix_shape(shape)
     return max(1, (outputs * inputs - 1) // (outputs + inputs))
-
-
-def _solve_left_by_group(matrix: Tensor, right: Tensor, gram: BlockDiagonalGram) -> Tensor:
-    """The best L for a given R, each group of rows in its own metric: L_i = W_i Ĝ_i Rᵀ (R Ĝ_i Rᵀ)⁻¹."""
-    metric = gram.matmul(right.repeat(gram.groups, 1)).reshape(gram.groups, *right.shape)  # R Ĝ_i
-    target = matrix.reshape(gram.groups, -1, matrix.shape[1]) @ metric.mT
-    solution = torch.linalg.lstsq(metric @ right.T, target.mT, driver="gelsd").solution
-    return solution.mT.reshape(len(matrix), -1)
-
-
-def _balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales every column of L and row of R to the same norm, which trains and quantises best."""
-    column, row = left.norm(dim=0), right.norm(dim=1)
-    tiny = torch.finfo(left.dtype).tiny
-    scale = torch.where((column > tiny) & (row > tiny), (row / column.clamp_min(tiny)).sqrt(), 1.0)
-    return left * scale, right / scale[:, None]
 
 
 class LowRankMatrix(StructuredMatrix):
