@@ -151,7 +151,7 @@ def chain(request: pytest.FixtureRequest) -> object:
 
 
 def test_counts_are_those_of_the_steps_that_run() -> None:
-    """The 1×1 convolution in front sees every input position, the kernel and what follows the strided ones."""
+    """The 1×1 convolution in front sees every input position, the others the strided ones."""
     geometry = Geometry((2, 2), ((1, 1), (1, 1)), (1, 1), input_size=(8, 8))
     assert Tucker((4, 3)).multiply_adds(SHAPE, geometry) == 64 * 10 * 3 + 16 * (3 * 9 * 4 + 4 * 12)
     assert Tucker((4, 10)).multiply_adds(SHAPE, geometry) == 16 * (10 * 9 * 4 + 4 * 12)

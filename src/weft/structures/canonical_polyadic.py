@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from weft import checks
 from weft.kernels.low_rank import low_rank_apply
-from weft.numerics.canonical_polyadic import canonical_polyadic, rank_one_terms, unit_rows
+from weft.numerics.alternating_least_squares import canonical_polyadic, rank_one_terms, unit_rows
 from weft.numerics.gram import BlockDiagonalGram
 from weft.numerics.nearest_low_rank import errors_by_rank, leading_gram, nearest_of_rank
 from weft.numerics.variable_projection import fit_chain

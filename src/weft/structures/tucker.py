@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from weft import checks
 from weft.kernels.low_rank import low_rank_apply
+from weft.numerics.channel_tucker import higher_order_svd, orthogonal_iteration, truncation_errors
 from weft.numerics.gram import BlockDiagonalGram
 from weft.numerics.nearest_low_rank import errors_by_rank, leading_gram, nearest_of_rank
-from weft.numerics.tucker import higher_order_svd, orthogonal_iteration, truncation_errors
 from weft.numerics.variable_projection import fit_chain
 from weft.numerics.vbmf import bayesian_rank
 from weft.structures.base import (

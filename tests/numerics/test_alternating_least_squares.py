@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft.numerics.canonical_polyadic import canonical_polyadic, rank_one_terms, unit_rows
+from weft.numerics.alternating_least_squares import canonical_polyadic, rank_one_terms, unit_rows
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

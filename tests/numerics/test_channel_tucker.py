@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft.numerics.tucker import ChannelTucker, higher_order_svd, orthogonal_iteration, truncation_errors
+from weft.numerics.channel_tucker import (
+    ChannelTucker,
+    higher_order_svd,
+    orthogonal_iteration,
+    truncation_errors,
+)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
