@@ -129,9 +129,9 @@ class Tucker(Structure):
         """The ranks for a weight."""
         if self.ranks != VBMF:
             return self._given(tuple(weight.shape))
-        if _modes(tuple(weight.shape))[2] == 1:
-            return (bayesian_rank(weight.flatten(1)),) * 2
-        return bayesian_rank(weight.flatten(1)), bayesian_rank(weight.transpose(0, 1).flatten(1))
+        outer = bayesian_rank(weight.flatten(1))
+        matrix = _modes(tuple(weight.shape))[2] == 1
+        return outer, outer if matrix else bayesian_rank(weight.transpose(0, 1).flatten(1))
 
     def _fit(
         self,
