@@ -44,6 +44,7 @@ def empty():
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "models.py").write_text(MODELS)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "cache"))  # not the user's own
     return tmp_path
 
 
@@ -100,6 +101,39 @@ def test_a_file_can_be_entropy_coded(folder: Path, monkeypatch: pytest.MonkeyPat
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, coded.state_dict()[name])
     assert (folder / "coded.safetensors").stat().st_size < (folder / "plain.safetensors").stat().st_size
+
+
+def test_planning_takes_constraints_sensitivity_and_kept_curves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert weft(monkeypatch, "survey models.py:network --data digits --samples 200 -o survey.json") == 0
+    command = "plan survey.json --families LowRank,SparseProduct --workers 1 --cache kept --data digits"
+    options = "--budget bytes=0.5 --keep-dense 6 --only 4=LowRank --sensitivity squared --samples 100"
+    assert weft(monkeypatch, f"{command} {options} -o plan.json") == 0
+    shown = capsys.readouterr().out
+    assert "rank correlation of predicted and measured" in shown
+    layers = json.loads((folder / "plan.json").read_text())["layers"]
+    assert layers["6"]["structure"] == {"family": "Dense"}
+    assert layers["4"]["structure"]["family"] == "LowRank"
+    assert list((folder / "kept" / "curves").iterdir())
+    assert weft(monkeypatch, f"{command} --budget latency=1.0 --latency-batch 4 -o timed.json") == 0
+    timed = json.loads((folder / "timed.json").read_text())
+    assert timed["budget"] == {"latency": 1.0}
+    assert timed["seconds"] > 0
+    assert list((folder / "kept" / "latencies").iterdir())
+
+
+def test_a_share_of_the_accuracy_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "compress models.py:network --data digits --samples 200 --workers 1 --cache kept"
+    assert weft(monkeypatch, f"{command} --budget keep=0.9 --sequential -o small.safetensors") == 0
+    values = re.search(
+        r"the search saw: ([\d.]+) of ([\d.]+); on the other half", " ".join(capsys.readouterr().out.split())
+    )
+    assert values is not None
+    assert float(values[1]) >= 0.9 * float(values[2])
+    assert load(folder / "small.safetensors")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_export_is_checked_in_onnxruntime(

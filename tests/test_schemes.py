@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import weft
+from weft.measure import accuracy, network_cost
+from weft.plan.budget import Budget
 from weft.schemes.corrections import bias_correction, correct_batch_norm
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import FineTune, fine_tune
+from weft.schemes.search import search
 from weft.schemes.sequential import bias_shift, execution_order, sequential_target
 from weft.structures.base import Structure, relative_error
 from weft.structures.dense import Dense
@@ -566,3 +569,69 @@ def test_sequential_fitting_needs_batches_more_than_once() -> None:
         compress(model, PLAN, sequential=True)
     with pytest.raises(TypeError, match="batches must be iterable more than once"):
         compress(model, PLAN, batches=iter([images()]), sequential=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Search
+
+
+def classifier() -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
+    """A network with classes of its own making, on inputs of few directions, so that it can be compressed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 5))
+    with torch.no_grad():
+        model[2].weight.copy_(torch.randn(48, 6) @ torch.randn(6, 48) / 12)
+    x = torch.randn(600, 10) @ torch.randn(10, 32)
+    return model, [(x, model(x).argmax(-1))]
+
+
+@pytest.mark.parametrize("minimise", ["bytes", "parameters", "multiply_adds"])
+def test_a_search_keeps_its_promise_and_is_smaller(minimise: str) -> None:
+    model, data = classifier()
+    found = weft.survey(model, [data[0][0]])
+    seen = [(data[0][0][:300], data[0][1][:300])]
+
+    def evaluate(network: nn.Module) -> float:
+        return accuracy(network, seen)
+
+    result = search(
+        model, found, "LowRank", Budget(keep=0.8), evaluate=evaluate, batches=[data[0][0]], minimise=minimise
+    )
+    assert result.dense_value == 1
+    assert result.value == evaluate(result.model) >= 0.9  # half of the allowed loss stays unused
+    assert getattr(network_cost(result.model, data[0][0]), minimise) < 0.8 * getattr(found.total, minimise)
+    enough = [step["share"] for step in result.log if step["enough"]]
+    assert result.plan.budget == Budget(keep=0.8)
+    # The last step that was enough is the smallest, and one that was not is just below.
+    assert min(enough) == enough[-1]
+    missed = [step["share"] for step in result.log if not step["enough"]]
+    assert max(missed, default=0) == pytest.approx(min(enough), abs=2**-6)
+
+
+def test_what_cannot_be_made_smaller_stays_dense() -> None:
+    model, data = classifier()
+    result = search(
+        model,
+        weft.survey(model),
+        "LowRank",
+        Budget(keep=1.0),
+        evaluate=lambda network: 1.0 if network is model else 0.5,
+        steps=2,
+    )
+    assert result.model is model
+    assert not result.plan
+    assert result.value == result.dense_value
+
+
+def test_a_search_that_promises_too_much_says_what_it_reached() -> None:
+    model, data = classifier()
+    found = weft.survey(model)
+    evaluate = lambda network: accuracy(network, data)  # noqa: E731
+    with pytest.raises(ValueError, match="budget must be such that 1.0000 of the metric can be kept, got 0"):
+        search(model, found, "LowRank", Budget(keep=1.0, bytes=0.1), evaluate=evaluate)
+    with pytest.raises(ValueError, match="budget keep must be given, got None"):
+        search(model, found, "LowRank", Budget(bytes=0.1), evaluate=evaluate)
+    with pytest.raises(ValueError, match="metric of the dense network must be above 0, got 0"):
+        search(model, found, "LowRank", Budget(keep=0.9), evaluate=lambda network: 0.0)
+    with pytest.raises(ValueError, match="budget keep must be left to a search"):
+        weft.allocate(found, "LowRank", Budget(keep=0.9))

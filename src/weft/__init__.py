@@ -19,11 +19,16 @@ import importlib.metadata
 from weft.measure import inputs
 from weft.plan.allocate import allocate
 from weft.plan.budget import Budget
+from weft.plan.constraints import Constraints
+from weft.plan.error_curves import error_curves
+from weft.plan.latency import LatencyTable
 from weft.plan.plan import Plan
+from weft.plan.sensitivity import Sensitivity, measure_sensitivity
 from weft.report.report import Report, measure
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import fine_tune
 from weft.schemes.result import Result
+from weft.schemes.search import SearchResult, search
 from weft.sources import load
 from weft.squeeze import squeeze
 from weft.storage import save
@@ -34,19 +39,26 @@ __version__ = importlib.metadata.version("weft")
 
 __all__ = [
     "Budget",
+    "Constraints",
+    "LatencyTable",
     "Plan",
     "Report",
     "Result",
+    "SearchResult",
+    "Sensitivity",
     "Survey",
     "allocate",
     "compress",
+    "error_curves",
     "families",
     "fine_tune",
     "from_json",
     "inputs",
     "load",
     "measure",
+    "measure_sensitivity",
     "save",
+    "search",
     "squeeze",
     "survey",
 ]

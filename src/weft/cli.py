@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,17 +19,25 @@ from weft.demo import demonstrate
 from weft.export.onnx import check_onnx, export_onnx
 from weft.export.torch_export import export_torch
 from weft.kernels import route
-from weft.measure import environment, latencies
+from weft.measure import accuracy, environment, latencies
 from weft.plan.allocate import METHODS, allocate
 from weft.plan.budget import Budget
+from weft.plan.constraints import Constraints
+from weft.plan.curve_cache import default_folder
+from weft.plan.error_curves import error_curves
+from weft.plan.latency import LatencyTable
 from weft.plan.plan import Plan
+from weft.plan.sensitivity import DIVERGENCES, Sensitivity, measure_sensitivity
+from weft.plan.workers import default_workers
 from weft.report.picture import write_picture
 from weft.report.report import Report, measure
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import fine_tune
+from weft.schemes.search import SearchResult, search
 from weft.sources import Data, load, load_data, load_model
+from weft.sources.splits import IndexedSplit
 from weft.storage import coder_of, read_json, read_metadata, save, structured_layers, write_text
-from weft.structures import families
+from weft.structures import families, select
 from weft.survey import Survey, survey
 
 app = typer.Typer(
@@ -69,6 +78,39 @@ FamilyNames = Annotated[
     ),
 ]
 Method = Annotated[str, typer.Option("--method", help=f"How the budget is divided: {' or '.join(METHODS)}.")]
+KeepDense = Annotated[
+    str, typer.Option("--keep-dense", help="Layers that stay as they are, e.g. 'head,encoder.0.*'.")
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", help="Families for some layers, e.g. 'encoder.*=LowRank,Quantized'; repeatable."),
+]
+SensitivityOf = Annotated[
+    str,
+    typer.Option(
+        "--sensitivity",
+        help="What a layer's error costs: predicted from the survey, or measured on calibration data as the "
+        "squared or kullback_leibler divergence of the output.",
+    ),
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes that fit; default: one per core.")
+]
+Ray = Annotated[
+    str | None, typer.Option("--ray", help="Fit on Ray instead: local, or the address of a cluster.")
+]
+Cache = Annotated[
+    Path | None, typer.Option("--cache", help="Where curves and times are kept; default: ~/.cache/weft.")
+]
+LatencyBatch = Annotated[
+    int, typer.Option("--latency-batch", min=1, help="Samples per call for a latency budget.")
+]
+Sequential = Annotated[
+    bool,
+    typer.Option(
+        "--sequential", help="Fit every layer to what the compressed ones before it give; slower, better."
+    ),
+]
 Smallfile = Annotated[Path, typer.Argument(metavar="FILE", help="A network that weft saved (.safetensors).")]
 Dense = Annotated[
     str | None, typer.Option("--model", help="The dense network, where FILE does not record its source.")
@@ -118,11 +160,27 @@ def plan_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")] = Path("plan.json"),
     chosen: FamilyNames = "LowRank",
     method: Method = "lagrangian",
+    keep_dense: KeepDense = "",
+    only: Only = None,
+    sensitivity: SensitivityOf = "predicted",
+    data: DataSource = None,
+    samples: Samples = 256,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    ray: Ray = None,
+    cache: Cache = None,
+    latency_batch: LatencyBatch = 1,
 ) -> None:
     """Chooses a structure for every layer under a budget; the JSON may be edited by hand."""
     limits = Budget.parse(budget)
+    if limits.keep is not None:
+        remedy = "use weft compress MODEL --budget keep=..., which measures every step"
+        raise ValueError(checks.fault("--budget keep", "left to weft compress", limits.keep, remedy))
+    rules = _constraints(keep_dense, only)
     network, found, summary = _read_survey(survey_file)
-    plan = allocate(found, chosen, limits, method=method)
+    planning = _Planning(chosen, method, rules, sensitivity, samples, batch_size, workers, ray, cache)
+    planner = _Planner(network, found, _load_data(data), planning, latency_batch)
+    plan = planner.plan(limits)
     _print_plan(plan, found)
     record = {
         **plan.to_json(),
@@ -158,6 +216,14 @@ def compress_command(
     fisher: Annotated[
         bool, typer.Option("--fisher", help="With MODEL: weight outputs by what they matter.")
     ] = False,
+    keep_dense: KeepDense = "",
+    only: Only = None,
+    sensitivity: SensitivityOf = "predicted",
+    sequential: Sequential = False,
+    workers: Workers = None,
+    ray: Ray = None,
+    cache: Cache = None,
+    latency_batch: LatencyBatch = 1,
     epochs: Annotated[
         int, typer.Option("--epochs", min=0, help="Passes of fine-tuning with the dense network as teacher.")
     ] = 0,
@@ -167,6 +233,7 @@ def compress_command(
     """Fits every layer of a plan, or walks the whole path from a model to a smaller one."""
     _check_folder(output)
     coder_of(entropy_coding)
+    searched = None
     if model.endswith(".json"):
         if budget is not None:
             raise ValueError(
@@ -181,16 +248,25 @@ def compress_command(
         if budget is None:
             remedy = "e.g. --budget bytes=0.25"
             raise ValueError(checks.fault("--budget", "given with a model", "none", remedy))
-        limits = Budget.parse(budget)
+        limits, rules = Budget.parse(budget), _constraints(keep_dense, only)
         network = load_model(model, weights)
         loaded = _load_data(data)
         found = _survey(network, loaded, samples, batch_size, fisher)
-        plan = allocate(found, chosen, limits, method=method)
+        planning = _Planning(chosen, method, rules, sensitivity, 256, batch_size, workers, ray, cache)
+        planner = _Planner(network, found, loaded, planning, latency_batch)
         source, weights_file = model, _text(weights)
+        if limits.keep is not None:
+            searched = planner.search(limits, samples, sequential)
+            plan = searched.plan
+        else:
+            plan = planner.plan(limits)
     calibration = (
         None if loaded is None else loaded.inputs("calibration", batch_size=batch_size, limit=samples)
     )
-    small, log = compress(network, plan, found, batches=calibration)
+    if searched is None:
+        small, log = compress(network, plan, found, batches=calibration, sequential=sequential)
+    else:
+        small, log = searched.model, None
     _print_plan(plan, found, log)
     if epochs:
         small = _tune(small, network, _needed(loaded), epochs, learning_rate, batch_size)
@@ -403,6 +479,119 @@ def _survey(network: nn.Module, data: Data | None, samples: int, batch_size: int
     return survey(network, batches, teacher=network if fisher else None)
 
 
+@dataclass(frozen=True)
+class _Planning:
+    """What the planning options say."""
+
+    families: str
+    method: str
+    constraints: Constraints
+    sensitivity: str
+    samples: int
+    batch_size: int
+    workers: int | None
+    ray: str | None
+    cache: Path | None
+
+
+class _Planner:
+    """Curves, sensitivity and times of one network, made once and only where they are needed."""
+
+    def __init__(
+        self, network: nn.Module, found: Survey, data: Data | None, options: _Planning, latency_batch: int
+    ) -> None:
+        checks.one_of("--sensitivity", options.sensitivity, ("predicted", *DIVERGENCES))
+        if options.sensitivity != "predicted" and data is None:
+            raise ValueError(checks.fault("--data", "given with --sensitivity", "none", "add --data"))
+        self.network, self.found, self.data, self.options = network, found, data, options
+        self.latency_batch = latency_batch
+        self.cache = default_folder() if options.cache is None else options.cache
+
+    def _prepare(self, limits: Budget) -> dict[str, Any]:
+        options = self.options
+        curves = error_curves(
+            self.found,
+            select(options.families),
+            constraints=options.constraints,
+            cache=self.cache,
+            workers=options.workers or default_workers(),
+            ray=options.ray,
+        )
+        sensitivity = latency = None
+        if options.sensitivity != "predicted" and self.data is not None:
+            batches = self.data.inputs("calibration", batch_size=options.batch_size, limit=options.samples)
+            sensitivity = measure_sensitivity(
+                self.network, self.found, curves, batches, divergence=DIVERGENCES[options.sensitivity]
+            )
+            _print_sensitivity(sensitivity)
+        if limits.latency is not None or limits.latency_seconds is not None:
+            if self.data is None:
+                raise ValueError(checks.fault("--data", "given with a latency budget", "none", "add --data"))
+            latency = LatencyTable(
+                self.network,
+                self.found,
+                self.data.sample_input,
+                batch=self.latency_batch,
+                cache=self.cache,
+            )
+        return {"curves": curves, "sensitivity": sensitivity, "latency": latency}
+
+    def plan(self, limits: Budget) -> Plan:
+        options = self.options
+        return allocate(self.found, options.families, limits, method=options.method, **self._prepare(limits))
+
+    def search(self, limits: Budget, samples: int, sequential: bool) -> SearchResult:
+        options = self.options
+        if self.data is None:
+            raise ValueError(checks.fault("--data", "given with a budget that keeps", "none", "add --data"))
+        split = self.data.split("test")
+        if not isinstance(split, IndexedSplit):
+            remedy = "give data with a test part that can be divided"
+            raise ValueError(checks.fault("--data", "no stream", self.data.source, remedy))
+        seen, unseen = split.halves(128)
+        found = search(
+            self.network,
+            self.found,
+            options.families,
+            limits,
+            evaluate=lambda network: accuracy(network, seen, shown=False),
+            batches=self.data.inputs("calibration", batch_size=options.batch_size, limit=samples),
+            sequential=sequential,
+            **self._prepare(limits),
+        )
+        values = [accuracy(network, unseen, shown=False) for network in (self.network, found.model)]
+        console.print(
+            f"accuracy on the half of the test data that the search saw: {found.value:.4f} of "
+            f"{found.dense_value:.4f}; on the other half: {values[1]:.4f} of {values[0]:.4f}",
+            highlight=False,
+        )
+        return found
+
+
+def _constraints(keep_dense: str, only: list[str] | None) -> Constraints:
+    wanted = {}
+    for text in only or []:
+        pattern, separator, names = text.partition("=")
+        if not separator or not pattern.strip():
+            remedy = "write e.g. --only 'encoder.*=LowRank,Quantized'"
+            raise ValueError(checks.fault("--only", "PATTERN=FAMILIES", repr(text), remedy))
+        wanted[pattern.strip()] = names
+    return Constraints(keep_dense, wanted)
+
+
+def _print_sensitivity(found: Sensitivity) -> None:
+    table = Table(title="what a squared relative error costs", title_justify="left", padding=(0, 0, 0, 1))
+    table.add_column("layer", overflow="fold")
+    for heading in ("squared error", "predicted", "measured"):
+        table.add_column(heading, justify="right")
+    for name, probes in found.probes.items():
+        for index, (square, cost) in enumerate(probes):
+            expected = found.predicted[name][index]
+            table.add_row(name if not index else "", f"{square:.3f}", f"{expected:.4g}", f"{cost:.4g}")
+    console.print(table)
+    console.print(f"rank correlation of predicted and measured: {found.correlation:.2f}", highlight=False)
+
+
 def _read_survey(path: Path) -> tuple[nn.Module, Survey, dict[str, Any]]:
     summary = read_json(path, "weft_survey", "write it with weft survey")
     network = load_model(summary["source"], summary["weights"] or None)
@@ -492,6 +681,8 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
     table.add_column("structure", overflow="fold", min_width=16)
     for heading in ("shape", "parameters", "share", "error"):
         table.add_column(heading, justify="right")
+    if any(plan.others.values()):
+        table.add_column("others", overflow="fold")
     measured = {entry["layer"]: entry for entry in log or []}
     for name, structure in plan.items():
         layer = found.layers[name]
@@ -500,6 +691,8 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
             measured[name]["parameters"] if name in measured else point.cost.parameters if point else None
         )
         error = measured[name]["error"] if name in measured else point.error if point else None
+        reasons = plan.others.get(name, {}).items()
+        rivals = "\n".join(f"{family}: {why.partition(' at no more')[0]}" for family, why in reasons)
         table.add_row(
             name,
             str(structure),
@@ -507,6 +700,7 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
             "-" if parameters is None else f"{parameters:,}",
             "-" if parameters is None else f"{parameters / layer.cost.parameters:.1%}",
             "-" if error is None else f"{error:.4f}",
+            *([rivals] if any(plan.others.values()) else []),
         )
     console.print(table)
     if plan.total is not None:

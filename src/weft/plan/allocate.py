@@ -132,7 +132,34 @@ def allocate(
         expected=chosen,
         total=total,
         seconds=knapsack.seconds(best),
+        others={name: _others(curves[name], point, limits) for name, point in chosen.items()},
     )
+
+
+def _others(curve: Sequence[Candidate], chosen: Candidate, limits: Mapping[str, float]) -> dict[str, str]:
+    """Why the families that a layer could have had were not chosen."""
+    if isinstance(chosen.structure, Dense):
+        return {}
+    names = [name for name in limits if name != "latency"]
+    by_family: dict[str, list[Candidate]] = {}
+    for point in curve:
+        if type(point.structure) not in {type(chosen.structure), Dense}:
+            by_family.setdefault(type(point.structure).__name__, []).append(point)
+    reasons = {}
+    for family, points in sorted(by_family.items()):
+        within = [
+            point
+            for point in points
+            if all(getattr(point.cost, name) <= getattr(chosen.cost, name) for name in names)
+        ]
+        if within:
+            best = min(within, key=lambda point: point.error)
+            reasons[family] = f"error {best.error:.4f} at no more cost, {best.structure}"
+        else:
+            least = min(points, key=lambda point: [getattr(point.cost, name) for name in names])
+            costs = ", ".join(f"{getattr(least.cost, name):,} {name}" for name in names)
+            reasons[family] = f"at least {costs}" if names else "slower"
+    return reasons
 
 
 def _rest(survey: Survey) -> Cost:

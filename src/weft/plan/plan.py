@@ -26,6 +26,7 @@ class Plan(Mapping[str, Structure]):
         total: the whole network's predicted cost.
         source: the model source, recorded for the next verb.
         seconds: the predicted time per call; None where the budget does not limit it.
+        others: layer name -> family -> why it was not chosen.
     """
 
     structures: dict[str, Structure]
@@ -34,6 +35,7 @@ class Plan(Mapping[str, Structure]):
     total: Cost | None = None
     source: str = ""
     seconds: float | None = None
+    others: dict[str, dict[str, str]] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, name: str) -> Structure:
         return self.structures[name]
@@ -59,6 +61,8 @@ class Plan(Mapping[str, Structure]):
             if name in self.expected:
                 point = self.expected[name]
                 layers[name] |= {"cost": asdict(point.cost), "error": point.error}
+            if self.others.get(name):
+                layers[name]["others"] = self.others[name]
         return {
             "weft_plan": 1,
             "source": self.source,
@@ -97,10 +101,12 @@ class Plan(Mapping[str, Structure]):
         if not isinstance(layers, dict):
             remedy = 'write e.g. "layers": {"fc": {"structure": {"family": "LowRank", "rank": 8}}}'
             raise ValueError(checks.fault(f"layers of {path}", "a JSON dictionary", repr(layers), remedy))
-        structures, expected = {}, {}
+        structures, expected, others = {}, {}, {}
         for name, entry in layers.items():
             try:
                 structures[name] = from_json(_checked(entry)["structure"])
+                if "others" in entry:
+                    others[name] = dict(entry["others"])
                 if "cost" in entry and "error" in entry:
                     expected[name] = Candidate(structures[name], Cost(**entry["cost"]), float(entry["error"]))
             except (TypeError, ValueError) as error:
@@ -110,12 +116,12 @@ class Plan(Mapping[str, Structure]):
             total = Cost(**data["total"]) if data.get("total") else None
         except (TypeError, ValueError) as error:
             raise ValueError(f"budget or total of {path}: {error}") from error
-        return cls(structures, budget, expected, total, data.get("source", ""), data.get("seconds"))
+        return cls(structures, budget, expected, total, data.get("source", ""), data.get("seconds"), others)
 
 
 def _checked(entry: object) -> dict[str, Any]:
     """A layer's entry, its keys known: a misspelt one must not be passed over."""
-    known = ("structure", "cost", "error")
+    known = ("structure", "cost", "error", "others")
     if not isinstance(entry, dict) or "structure" not in entry or set(entry) - set(known):
         expected = f"a dictionary with the keys {', '.join(known)}"
         raise ValueError(checks.fault("entry", expected, repr(entry), "only the structure is needed"))

@@ -90,6 +90,23 @@ class IndexedSplit(Split):
         """
         return IndexedBatches(self, batch_size, limit=limit, shuffle=shuffle, seed=seed)
 
+    def halves(self, batch_size: int = 128, *, seed: int = 0) -> tuple["IndexedBatches", "IndexedBatches"]:
+        """Divides the examples into two halves at random.
+
+        Args:
+            batch_size: examples per batch.
+            seed: decides the division.
+
+        Returns:
+            Batches of one half and of the other.
+        """
+        first = IndexedBatches(self, batch_size, limit=max(1, len(self) // 2), seed=seed)
+        second = IndexedBatches(self, batch_size)
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[first.indices] = False
+        second.indices = kept.nonzero().squeeze(1)
+        return first, second
+
 
 class IndexedBatches:
     """The batches of an `IndexedSplit`, as its `batches` method describes them."""
