@@ -84,7 +84,7 @@ class LatencyTable:
         with evaluating(model), torch.inference_mode():
             self.dense_seconds = self._time(lambda: call(model, given), _NETWORK_SECONDS)
         layers = sum(self.seconds(layer, Dense()) for layer in survey.layers.values())
-        # Layers timed one by one may take longer than within the network, where their inputs are still cached.
+        # Timed one by one layers may take longer than in the network, where their inputs are still cached.
         self.dense_seconds = max(self.dense_seconds, layers)
         self.rest_seconds = self.dense_seconds - layers
 
