@@ -16,9 +16,11 @@ from weft.structures.hierarchical import Hierarchical
 from weft.structures.low_rank import LowRank
 from weft.structures.product_quantized import ProductQuantized
 from weft.structures.pruned import Pruned
+from weft.structures.reshaped import Reshaped
 from weft.structures.semiseparable import SequentiallySemiseparable
 from weft.structures.separable import Separable
 from weft.structures.sparse_product import SparseProduct
+from weft.structures.sum_of import SumOf
 from weft.structures.tensor_train import TensorTrain
 from weft.structures.tucker import Tucker
 
@@ -75,6 +77,25 @@ def _pruned_pattern(shape: Shape) -> Pruned:
     if inputs % 4 == 0 and outputs % 4 == 0:
         return Pruned(0.5, pattern="2:4") if inputs == outputs else Pruned(0.4, pattern="4x2", score="search")
     return Pruned(0.5, pattern="rows" if inputs > outputs else "columns", score="search")
+
+
+def _twice_the_rows(shape: Shape) -> int:
+    """A view with more rows where the inputs can be divided, else with fewer."""
+    outputs, inputs = matrix_shape(shape)
+    return outputs * next((factor for factor in (2, 3, 5) if inputs % factor == 0), 1)
+
+
+def _four_axes(shape: Shape) -> tuple[int, int, int, int]:
+    """Outputs and inputs in two axes each."""
+    outputs, inputs = matrix_shape(shape)
+    first = next((factor for factor in (2, 3, 5) if outputs % factor == 0), 1)
+    second = next((factor for factor in (2, 3, 5) if inputs % factor == 0), 1)
+    return first, outputs // first, second, inputs // second
+
+
+def _rows(shape: Shape) -> int:
+    first, _, second, _ = _four_axes(shape)
+    return first * second
 
 
 EXAMPLES = [
@@ -145,10 +166,21 @@ EXAMPLES = [
     ),
     Example("pruned_pattern", lambda shape: _pruned_pattern(shape), exact=True),
     Example("pruned_low_rank", lambda shape: Pruned(0.6, of=LowRank(_quarter(shape)), score="input")),
+    Example("reshaped", lambda shape: Reshaped(LowRank(1), rows=_twice_the_rows(shape)), exact=True),
+    Example(
+        "reshaped_kronecker",
+        lambda shape: Reshaped(LowRank(1), _rows(shape), _four_axes(shape), (2, 0, 1, 3)),
+        exact=True,
+    ),
     Example("sparse_product", lambda shape: SparseProduct(2, _quarter(shape))),
     Example("sparse_product_splitting", lambda shape: SparseProduct(3, _quarter(shape), "splitting")),
     Example("sparse_product_hierarchical", lambda shape: SparseProduct(2, _quarter(shape), "hierarchical")),
     Example("sparse_product_random", lambda shape: SparseProduct(1, _quarter(shape), "random")),
+    Example("sum_of", lambda shape: SumOf((LowRank(_quarter(shape)), SparseProduct(1, 1, "splitting")))),
+    Example(
+        "sum_of_coded",
+        lambda shape: SumOf((ProductQuantized(_divisor(shape), min(3, shape[0])), LowRank(1))),
+    ),
     Example(
         "tensor_train",
         lambda shape: TensorTrain(_quarter(shape), cores=3),

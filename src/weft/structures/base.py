@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from weft import checks
 from weft.kernels.dispatch import in_plain_eager
+from weft.numerics.gauss_newton import refine
 from weft.numerics.gram import BlockDiagonalGram, DenseGram, DiagonalGram, Gram, squared_error
 
 __all__ = [
@@ -39,11 +40,13 @@ __all__ = [
     "Structure",
     "StructuredMatrix",
     "can_unfold",
+    "check_nesting",
     "exchange_channels",
     "ladder",
     "matrix_multiply_adds",
     "matrix_shape",
     "pointwise",
+    "refine_values",
     "relative_error",
     "runs_dense",
 ]
@@ -391,6 +394,63 @@ def relative_error(
     if size <= 0:
         return 0.0 if distance <= 0 else math.inf
     return math.sqrt(distance / size)
+
+
+def refine_values(
+    member: "StructuredMatrix",
+    weight: Tensor,
+    *,
+    input_gram: Gram | None = None,
+    output_gram: Gram | None = None,
+    steps: int = 10,
+    products: int = 20,
+) -> None:
+    """Improves all trainable values of a member together, in place; supports, codes and orders stay.
+
+    Members whose values have a closed form are not improved by it; those that are put together from others,
+    by a sum or a reshape, are.
+
+    Args:
+        member: fitted already; never made worse.
+        weight: W, float32 or float64, the member's shape.
+        input_gram: Ĝ; the identity where None.
+        output_gram: H; the identity where None.
+        steps: the most Gauss-Newton steps.
+        products: the most products with the Jacobian per step.
+    """
+    named = {name: value for name, value in member.named_parameters() if value.requires_grad}
+    if not named:
+        return
+    built = _Built(member)
+    shape = (weight.shape[0], -1)
+
+    def synthesise(values: tuple[Tensor, ...]) -> Tensor:
+        given = {f"member.{name}": value for name, value in zip(named, values, strict=True)}
+        return torch.func.functional_call(built, given, ()).reshape(shape)
+
+    found = refine(
+        synthesise,
+        tuple(named.values()),
+        weight.reshape(shape),
+        input_gram=input_gram,
+        output_gram=output_gram,
+        steps=steps,
+        products=products,
+    )
+    with torch.no_grad():
+        for value, new in zip(named.values(), found, strict=True):
+            value.copy_(new)
+
+
+class _Built(nn.Module):
+    """A module whose output is a member's dense weight."""
+
+    def __init__(self, member: "StructuredMatrix") -> None:
+        super().__init__()
+        self.member = member
+
+    def forward(self) -> Tensor:
+        return self.member.to_dense()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -905,6 +965,38 @@ class Structure(ABC):
         if isinstance(gram, BlockDiagonalGram) and outputs % gram.groups:
             expected = f"of a number of blocks that divides the {outputs} outputs"
             raise ValueError(checks.fault(argument, expected, gram.groups, "use the convolution's groups"))
+
+
+# How many wrappers may stand around each other: SumOf((Quantized(4, of=LowRank(8)), ...)) is two.
+DEEPEST_NESTING = 2
+
+
+def check_nesting(structure: Structure) -> None:
+    """Checks that wrappers are not nested too deeply; a wrapper calls it when it is made.
+
+    Args:
+        structure: the wrapper. Fields at their default, such as `of=Dense()`, do not count.
+
+    Raises:
+        ValueError: more than two wrappers stand around each other.
+    """
+    depth = _nesting(structure)
+    if depth > DEEPEST_NESTING:
+        expected = f"nested at most {DEEPEST_NESTING} deep"
+        remedy = "take the innermost structure out, or flatten sums into one"
+        raise ValueError(checks.fault(type(structure).__name__, expected, f"{depth}: {structure}", remedy))
+
+
+def _nesting(structure: Structure) -> int:
+    own = 0
+    for field in fields(structure):
+        value = getattr(structure, field.name)
+        if field.default is not MISSING and value == field.default:
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Structure):
+                own = max(own, 1 + _nesting(item))
+    return own
 
 
 def _to_data(value: object) -> object:
