@@ -30,6 +30,8 @@ void low_rank_apply(std::uintptr_t x, std::uintptr_t left, std::uintptr_t right,
 
 NB_MODULE(_native, module) {
     module.def("instructions", &weft::instructions_name, "Name of the instruction set in use.");
+    module.def("use_instructions", &weft::use_instructions,
+               "Uses the leaf kernels' copy of this name from now on; False where build or processor lack it.");
     module.def("low_rank_apply", &low_rank_apply,
                "out = (x rightᵀ) leftᵀ + bias on float32 arrays given by their addresses (bias may be 0).");
 }

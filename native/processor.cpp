@@ -1,6 +1,9 @@
 #include "processor.hpp"
 
+#include <atomic>
 #include <cstdint>
+#include <cstring>
+#include <initializer_list>
 
 #include "rows_product.hpp"
 
@@ -33,6 +36,16 @@ bool saves(std::uint64_t state) { return has_bits(1, 2, 1u << 27) && (_xgetbv(0)
 }
 #endif
 
+const char *name_of(Instructions which) {
+    switch (which) {
+        case Instructions::neon: return "NEON";
+        case Instructions::avx2: return "AVX2";
+        case Instructions::avx512: return "AVX-512";
+        case Instructions::portable: break;
+    }
+    return "portable";
+}
+
 Instructions detect() {
 #if defined(WEFT_HAS_neon)
     return Instructions::neon;  // every 64-bit ARM processor has it
@@ -46,36 +59,67 @@ Instructions detect() {
     return Instructions::portable;
 }
 
-}  // namespace
-
-Instructions instructions() {
-    static const Instructions found = detect();
-    return found;
-}
-
-const char *instructions_name() {
-    switch (instructions()) {
-        case Instructions::neon: return "NEON";
-        case Instructions::avx2: return "AVX2";
-        case Instructions::avx512: return "AVX-512";
-        case Instructions::portable: break;
-    }
-    return "portable";
-}
-
-RowsProductKernel rows_product_kernel() {
-    switch (instructions()) {
+bool can(Instructions wanted) {
+    switch (wanted) {
 #if defined(WEFT_HAS_neon)
-        case Instructions::neon: return neon::rows_product;
+        case Instructions::neon: return true;
 #endif
 #if defined(WEFT_HAS_avx2)
-        case Instructions::avx2: return avx2::rows_product;
+        case Instructions::avx2: return has_avx2();
 #endif
 #if defined(WEFT_HAS_avx512)
-        case Instructions::avx512: return avx512::rows_product;
+        case Instructions::avx512: return has_avx512();
 #endif
-        default: return portable::rows_product;
+        case Instructions::portable: return true;
+        default: return false;
     }
 }
+
+std::atomic<Instructions> &in_use() {
+    static std::atomic<Instructions> chosen{detect()};
+    return chosen;
+}
+
+}  // namespace
+
+Instructions instructions() { return in_use().load(std::memory_order_relaxed); }
+
+bool use_instructions(const char *name) {
+    for (Instructions wanted :
+         {Instructions::portable, Instructions::neon, Instructions::avx2, Instructions::avx512})
+        if (std::strcmp(name, name_of(wanted)) == 0 && can(wanted)) {
+            in_use().store(wanted, std::memory_order_relaxed);
+            return true;
+        }
+    return false;
+}
+
+const char *instructions_name() { return name_of(instructions()); }
+
+// Returns this processor's copy of a leaf kernel: one line per kernel below.
+#if defined(WEFT_HAS_neon)
+#define WEFT_NEON_COPY(name) case Instructions::neon: return neon::name;
+#else
+#define WEFT_NEON_COPY(name)
+#endif
+#if defined(WEFT_HAS_avx2)
+#define WEFT_AVX2_COPY(name) case Instructions::avx2: return avx2::name;
+#else
+#define WEFT_AVX2_COPY(name)
+#endif
+#if defined(WEFT_HAS_avx512)
+#define WEFT_AVX512_COPY(name) case Instructions::avx512: return avx512::name;
+#else
+#define WEFT_AVX512_COPY(name)
+#endif
+#define WEFT_RETURN_COPY(name)            \
+    switch (instructions()) {             \
+        WEFT_NEON_COPY(name)              \
+        WEFT_AVX2_COPY(name)              \
+        WEFT_AVX512_COPY(name)            \
+        default: return portable::name;   \
+    }
+
+RowsProductKernel rows_product_kernel() { WEFT_RETURN_COPY(rows_product) }
 
 }  // namespace weft

@@ -5,8 +5,12 @@ namespace weft {
 
 enum class Instructions { portable, neon, avx2, avx512 };
 
-// The best instruction set that both this build and this processor have.
+// The instruction set in use: the best that both this build and this processor have, or the one chosen below.
 Instructions instructions();
+
+// Uses another copy of the leaf kernels from now on, for tests and comparisons; `name` as `instructions_name`
+// gives it. False, and nothing changes, where build or processor lack it.
+bool use_instructions(const char *name);
 
 const char *instructions_name();
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -33,6 +34,21 @@ BATCHES = st.sampled_from([
     (4, 0),
     (1, 1, 5),
 ])
+
+
+INSTRUCTIONS = ["portable", "NEON", "AVX2", "AVX-512"]
+
+
+@contextmanager
+def instructions(name):
+    """Runs another copy of the leaf kernels; skips the test where build or processor lack it."""
+    before = dispatch.native.instructions()
+    if not dispatch.native.use_instructions(name):
+        pytest.skip(f"{name} instructions are not to be had here")
+    try:
+        yield
+    finally:
+        dispatch.native.use_instructions(before)
 
 
 def factors(batch, outputs, inputs, rank, *, bias=True, dtype=torch.float32, seed=0):
@@ -79,6 +95,24 @@ def test_native_product_equals_the_dense_product(batch, outputs, inputs, rank, b
         threads,
     )
     assert_close_to_dense(y.reshape(*batch, outputs), x, left, right, bias)
+
+
+@needs_native
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_every_copy_of_the_kernels_is_right(name):
+    with instructions(name):
+        assert dispatch.native.instructions() == name
+        for sizes in [(1, 1, 1), (13, 7, 3), (97, 257, 17), (64, 64, 64), (5, 1031, 9)]:
+            for batch in [(1,), (3,), (16,)]:
+                arguments = factors(batch, *sizes)
+                assert_close_to_dense(kernels.low_rank_apply(*arguments), *arguments)
+
+
+@needs_native
+def test_unknown_instructions_change_nothing():
+    before = dispatch.native.instructions()
+    assert not dispatch.native.use_instructions("MMX")
+    assert dispatch.native.instructions() == before
 
 
 @needs_native
