@@ -4,7 +4,9 @@
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
+#include <stdexcept>
 
+#include "block_sequence.hpp"
 #include "low_rank.hpp"
 #include "processor.hpp"
 
@@ -26,10 +28,26 @@ void low_rank_apply(std::uintptr_t x, std::uintptr_t left, std::uintptr_t right,
                          threads);
 }
 
+constexpr std::size_t most_matrices = 8;
+
+void block_sequence_apply(std::uintptr_t code, nb::list matrices, std::uintptr_t x, std::uintptr_t bias,
+                          std::uintptr_t out, std::int64_t batch, int threads) {
+    const float *addresses[most_matrices];
+    if (matrices.size() > most_matrices) throw std::invalid_argument("at most 8 matrices");
+    for (std::size_t i = 0; i < matrices.size(); ++i)
+        addresses[i] = at<const float>(nb::cast<std::uintptr_t>(matrices[i]));
+    nb::gil_scoped_release release;
+    weft::block_sequence_apply(
+        {at<const std::int64_t>(code), addresses, at<const float>(x), at<const float>(bias), at<float>(out), batch},
+        threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
     module.def("instructions", &weft::instructions_name, "Name of the instruction set in use.");
+    module.def("block_sequence_apply", &block_sequence_apply,
+               "out = the program's product with x (+ bias) on float32 arrays; all arguments are addresses.");
     module.def("use_instructions", &weft::use_instructions,
                "Uses the leaf kernels' copy of this name from now on; False where build or processor lack it.");
     module.def("low_rank_apply", &low_rank_apply,

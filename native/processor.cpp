@@ -5,6 +5,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "columns_product.hpp"
 #include "rows_product.hpp"
 
 #if defined(_MSC_VER) && defined(_M_X64)
@@ -119,6 +120,8 @@ const char *instructions_name() { return name_of(instructions()); }
         WEFT_AVX512_COPY(name)            \
         default: return portable::name;   \
     }
+
+ColumnsProductKernel columns_product_kernel() { WEFT_RETURN_COPY(columns_product) }
 
 RowsProductKernel rows_product_kernel() { WEFT_RETURN_COPY(rows_product) }
 

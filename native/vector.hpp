@@ -28,6 +28,12 @@ struct Vector {
     static Vector load_first(const float *from, std::int64_t count) {
         return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), from)};
     }
+    static Vector fill(float value) { return {_mm512_set1_ps(value)}; }
+    void store(float *to) const { _mm512_storeu_ps(to, lanes); }
+    void store_first(float *to, std::int64_t count) const {
+        _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1u), lanes);
+    }
+    Vector add(Vector other) const { return {_mm512_add_ps(lanes, other.lanes)}; }
     // this + a * b
     Vector add_product(Vector a, Vector b) const { return {_mm512_fmadd_ps(a.lanes, b.lanes, lanes)}; }
     float sum() const { return _mm512_reduce_add_ps(lanes); }
@@ -48,15 +54,23 @@ struct Vector {
     static Vector zero() { return {_mm256_setzero_ps()}; }
     static Vector load(const float *from) { return {_mm256_loadu_ps(from)}; }
     static Vector load_first(const float *from, std::int64_t count) {
-        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-        const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
-        return {_mm256_maskload_ps(from, mask)};
+        return {_mm256_maskload_ps(from, first(count))};
     }
+    static Vector fill(float value) { return {_mm256_set1_ps(value)}; }
+    void store(float *to) const { _mm256_storeu_ps(to, lanes); }
+    void store_first(float *to, std::int64_t count) const { _mm256_maskstore_ps(to, first(count), lanes); }
+    Vector add(Vector other) const { return {_mm256_add_ps(lanes, other.lanes)}; }
     Vector add_product(Vector a, Vector b) const { return {_mm256_fmadd_ps(a.lanes, b.lanes, lanes)}; }
     float sum() const {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+    }
+
+private:
+    static __m256i first(std::int64_t count) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
     }
 };
 
@@ -76,6 +90,14 @@ struct Vector {
         for (std::int64_t i = 0; i < count; ++i) first[i] = from[i];
         return load(first);
     }
+    static Vector fill(float value) { return {vdupq_n_f32(value)}; }
+    void store(float *to) const { vst1q_f32(to, lanes); }
+    void store_first(float *to, std::int64_t count) const {
+        float all[width];
+        store(all);
+        for (std::int64_t i = 0; i < count; ++i) to[i] = all[i];
+    }
+    Vector add(Vector other) const { return {vaddq_f32(lanes, other.lanes)}; }
     Vector add_product(Vector a, Vector b) const { return {vfmaq_f32(lanes, a.lanes, b.lanes)}; }
     float sum() const { return vaddvq_f32(lanes); }
 };
@@ -93,6 +115,19 @@ struct Vector {
         Vector result = {};
         for (std::int64_t i = 0; i < count; ++i) result.lanes[i] = from[i];
         return result;
+    }
+    static Vector fill(float value) {
+        Vector result = {};
+        for (std::int64_t i = 0; i < width; ++i) result.lanes[i] = value;
+        return result;
+    }
+    void store(float *to) const { store_first(to, width); }
+    void store_first(float *to, std::int64_t count) const {
+        for (std::int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+    }
+    Vector add(Vector other) const {
+        for (std::int64_t i = 0; i < width; ++i) other.lanes[i] += lanes[i];
+        return other;
     }
     Vector add_product(Vector a, Vector b) const {
         Vector result = *this;

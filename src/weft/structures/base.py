@@ -702,6 +702,24 @@ class StructuredMatrix(nn.Module, ABC):
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.stored().values())
         return Cost(self.parameter_count(), size, self.multiply_adds(geometry))
 
+    def in_place(self, names: Iterable[str]) -> list[Tensor]:
+        """Stored tensors as they are now, for a kernel that reads them on every call.
+
+        Args:
+            names: which, in the order wanted.
+
+        Returns:
+            The tensors themselves.
+        """
+        # nn.Module looks its tensors up only after all else failed, which costs as much as a small product;
+        # what a parametrisation replaced is still found that way.
+        parameters = self._parameters
+        found = [parameters.get(name) for name in names]
+        return [
+            getattr(self, name) if tensor is None else tensor
+            for name, tensor in zip(names, found, strict=True)
+        ]
+
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors by name, detached; nested members have dotted names."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}

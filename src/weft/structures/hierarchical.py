@@ -9,6 +9,7 @@ better of the plain blocks and the blocks fitted in their own part of the metric
 coordinate descent.
 """
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from weft import checks
+from weft.kernels.block_sequence import Program, Segment, Space, Step, block_sequence_apply, write_program
 from weft.numerics.aca import adaptive_cross_approximation
 from weft.numerics.block_descent import (
     LowRankMethod,
@@ -660,7 +662,9 @@ class HierarchicalMatrix(StructuredMatrix):
             self._keep(name, None if values is None else values.contiguous(), persistent=True)
         tiles = structure._predicted_tiles(self.shape) if blocks is None else _read_tiles(blocks, self.shape)
         self.layout = BlockLayout(tiles or [])
+        self._names = list(self.layout.numbers())
         self._make_indices()
+        self._program = _write_program(self.layout, self.outputs, self.inputs, *self.orders())
 
     def _make_indices(self) -> None:
         """Derives the product's index tensors, which are not stored; None where one would change nothing."""
@@ -709,6 +713,13 @@ class HierarchicalMatrix(StructuredMatrix):
         return self.layout.unpack({"left": self.left, "right": self.right, "dense": self.dense})
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.affine(x, None)
+
+    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return block_sequence_apply(x, self.in_place(self._names), self._program, bias, self._by_stacks)
+
+    def _by_stacks(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product as one batched product per stack, of PyTorch's operations."""
         checks.last_dimension(x, self.inputs)
         vectors = x.reshape(-1, self.inputs)
         layout, batch = self.layout, vectors.shape[0]  # len would fix the size in an export
@@ -732,7 +743,7 @@ class HierarchicalMatrix(StructuredMatrix):
             part = vectors.narrow(axis, taken, vectors.shape[axis] - taken)
             pieces += batched_products(layout.dense_stacks, self.dense, part, axis)
         if not pieces:  # every block is zero
-            return x.new_zeros(*x.shape[:-1], self.outputs)
+            pieces.append(vectors.new_zeros((self.outputs, batch) if many else (batch, self.outputs)))
         result = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
         if self.scatter_index is not None:
             size = (self.outputs, batch) if many else (batch, self.outputs)
@@ -741,6 +752,7 @@ class HierarchicalMatrix(StructuredMatrix):
             result = result.index_select(axis, self.fetch_index)
         if many:
             result = result.T.contiguous()
+        result = result if bias is None else result + bias
         return result.reshape(*x.shape[:-1], self.outputs)
 
     def to_dense(self) -> Tensor:
@@ -802,6 +814,80 @@ class HierarchicalMatrix(StructuredMatrix):
             place = tile.rows.start, tile.columns.start, tile.height, tile.width
             rectangles.append(Rectangle(*place, kind, label))
         return rectangles
+
+
+def _write_program(layout: BlockLayout, outputs: int, inputs: int, rows: Tensor, columns: Tensor) -> Program:
+    """The product in two phases: inputs to the low-rank blocks' coefficients, then both to the outputs."""
+    # Each stretch of outputs between the borders of any two row clusters is one step, with the parts of all
+    # blocks over it as segments: its sum is complete before it is written, and written once.
+    numbers = layout.numbers()
+    index = {name: place for place, name in enumerate(numbers)}
+    hidden, position = [], 0
+    for stack, start in _clusters_in_store(layout.right_stacks):
+        for cluster in range(stack.count):
+            segment = Segment(
+                index["right"],
+                start + cluster * stack.inputs * stack.outputs,
+                stack.outputs,
+                Space.INPUT,
+                stack.starts[cluster],
+                stack.inputs,
+            )
+            hidden.append([Step(Space.STATE, position, stack.outputs, (segment,))])
+            position += stack.outputs
+    # Of each row cluster its place, its matrix and where the inputs of that stand.
+    clusters = []
+    for name, stacks in (("left", layout.left_stacks), ("dense", layout.dense_stacks)):
+        for stack, start in _clusters_in_store(stacks):
+            for cluster, members in enumerate(stack.tiles):
+                sources = [
+                    (Space.STATE, layout.inner_start[member], layout.tiles[member].rank or 0)
+                    if name == "left"
+                    else (Space.INPUT, layout.tiles[member].columns.start, layout.tiles[member].width)
+                    for member in members
+                ]
+                first = start + cluster * stack.inputs * stack.outputs
+                clusters.append((stack.starts[cluster], stack.extent, index[name], first, sources))
+    borders = sorted({0, outputs, *(border for at, extent, *_ in clusters for border in (at, at + extent))})
+    parts: list[list[Segment]] = [[] for _ in borders[1:]]
+    for at, extent, matrix, first, sources in clusters:
+        for stretch in range(bisect.bisect_left(borders, at), bisect.bisect_left(borders, at + extent)):
+            begin = first + borders[stretch] - at
+            for space, offset, depth in _joined(sources):
+                parts[stretch].append(Segment(matrix, begin, extent, space, offset, depth))
+                begin += depth * extent
+    written = [
+        [Step(Space.OUTPUT, begin, end - begin, tuple(segments))]
+        for begin, end, segments in zip(borders[:-1], borders[1:], parts, strict=True)
+    ]
+    return write_program(
+        inputs,
+        outputs,
+        layout.inner_size,
+        list(numbers.values()),
+        [hidden, written] if hidden else [written],
+        input_order=_unless_identity(columns, inputs),
+        output_places=_unless_identity(rows.argsort(), outputs),
+    )
+
+
+def _clusters_in_store(stacks: Sequence[Stack]) -> Iterator[tuple[Stack, int]]:
+    """Each stack with the place of its first number in their flat tensor."""
+    start = 0
+    for stack in stacks:
+        yield stack, start
+        start += stack.numel
+
+
+def _joined(sources: Iterable[tuple[Space, int, int]]) -> list[tuple[Space, int, int]]:
+    """Stretches (space, offset, depth) with those that follow each other made one."""
+    joined: list[tuple[Space, int, int]] = []
+    for space, offset, depth in sources:
+        if joined and joined[-1][0] is space and sum(joined[-1][1:]) == offset:
+            joined[-1] = (space, joined[-1][1], joined[-1][2] + depth)
+        else:
+            joined.append((space, offset, depth))
+    return joined
 
 
 def _with_parts(

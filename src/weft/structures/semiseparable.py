@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from weft import checks
+from weft.kernels.block_sequence import Program, Segment, Space, Step, block_sequence_apply, write_program
 from weft.numerics.gram import DiagonalGram, squared_error
 from weft.numerics.hankel_realisation import (
     Realisation,
@@ -459,6 +460,8 @@ class SequentiallySemiseparableMatrix(StructuredMatrix):
         self._above, self._left = _offsets(self._rows), _offsets(self._columns)
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.contiguous()))
+        self._names = [role.name for role in self._roles if role.size]
+        self._program = _write_program(self._roles, self._above, self._left)
 
     @classmethod
     def from_realisation(
@@ -494,6 +497,13 @@ class SequentiallySemiseparableMatrix(StructuredMatrix):
         return Realisation(StateSpace(*parts[:3]), parts[3], StateSpace(*parts[4:]))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.affine(x, None)
+
+    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return block_sequence_apply(x, self.in_place(self._names), self._program, bias, self._by_runs)
+
+    def _by_runs(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of PyTorch's operations: one batched product per run, one small one per transition."""
         checks.last_dimension(x, self.inputs)
         # In half precision the rounding of the states would add up from stage to stage.
         working = x.dtype if x.dtype in _FULL_PRECISION else torch.float32
@@ -509,7 +519,8 @@ class SequentiallySemiseparableMatrix(StructuredMatrix):
                 products = list(map(torch.bmm, stacks, self._matrices(name, working)))
                 y = y + self._side_by_side(name, products, u)
         y = y.view(*x.shape[:-1], self.outputs)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        y = y if y.dtype == x.dtype else y.to(x.dtype)
+        return y if bias is None else y + bias
 
     def _matrices(self, name: str, working: torch.dtype) -> list[Tensor]:
         """A role's transposed matrices, one view of shape (count, columns, rows) per run."""
@@ -615,6 +626,48 @@ def _low_rank(row: int, column: int, rows: int, columns: int, dimension: int) ->
     if not dimension:
         return Rectangle(row, column, rows, columns, "zero")
     return Rectangle(row, column, rows, columns, "low_rank", str(dimension))
+
+
+def _write_program(roles: Sequence[Role], above: Sequence[int], left: Sequence[int]) -> Program:
+    """The two recurrences beside each other, then every stage's outputs from its inputs and states."""
+    sizes = [role.size for role in roles if role.size]
+    place = {role.name: index for index, role in enumerate(role for role in roles if role.size)}
+    names = {role.name: role for role in roles}
+    starts = {role.name: _offsets([rows * columns for rows, columns in role.shapes]) for role in roles}
+    stages = len(above) - 1
+
+    def segment(name: str, k: int, space: Space, offset: int) -> list[Segment]:
+        """Stage k's matrix of a role, met by what stands at the offset; none where it is empty."""
+        rows, columns = names[name].shapes[k]
+        if not rows * columns:
+            return []
+        return [Segment(place[name], starts[name][k], rows, space, offset, columns)]
+
+    recurrences: list[list[Step]] = []
+    before: dict[str, list[int]] = {}  # of each direction, where the states before stage k stand
+    reached = 0
+    for direction, step in (("causal", 1), ("anticausal", -1)):
+        steps: list[Step] = []
+        before[direction] = [0] * stages
+        for k in range(stages - 1) if step > 0 else range(stages - 1, 0, -1):
+            dimension = names[f"{direction}_input"].shapes[k][0]
+            # The inputs' part comes first: it does not wait for the states.
+            parts = segment(f"{direction}_input", k, Space.INPUT, left[k])
+            parts += segment(f"{direction}_transition", k, Space.STATE, before[direction][k])
+            before[direction][k + step] = reached
+            if dimension:
+                steps.append(Step(Space.STATE, reached, dimension, tuple(parts)))
+            reached += dimension
+        if steps:
+            recurrences.append(steps)
+    outputs = []
+    for k in range(stages):
+        parts = segment("direct", k, Space.INPUT, left[k])
+        for direction in ("causal", "anticausal"):
+            parts += segment(f"{direction}_output", k, Space.STATE, before[direction][k])
+        outputs.append([Step(Space.OUTPUT, above[k], above[k + 1] - above[k], tuple(parts))])
+    phases = [recurrences, outputs] if recurrences else [outputs]
+    return write_program(left[-1], above[-1], reached, sizes, phases)
 
 
 def _known_roles(structure: SequentiallySemiseparable, shape: Shape) -> tuple[Role, ...]:

@@ -1,0 +1,185 @@
+#include "block_sequence.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <new>
+#include <vector>
+
+#include "columns_product.hpp"
+#include "threads.hpp"
+
+namespace weft {
+
+namespace {
+
+// Inputs per pass over the weights: as many as keep states and weights in the cache between the steps.
+constexpr std::int64_t slice = 96;
+
+// Multiply-adds below which waking a thread costs more than it saves.
+constexpr std::int64_t worth_a_thread = 256 * 1024;
+
+struct Scratch {
+    std::vector<float> floats;
+    std::vector<ColumnsSegment> segments;
+};
+
+Scratch &scratch() {
+    thread_local Scratch memory;
+    return memory;
+}
+
+float *grown(std::vector<float> &memory, std::int64_t floats) {
+    if (memory.size() < static_cast<std::size_t>(floats)) memory.resize(static_cast<std::size_t>(floats));
+    return memory.data();
+}
+
+// As `parallel`, for tasks that may run out of memory: no exception may leave a worker.
+template <typename Task>
+void parallel_or_throw(std::int64_t parts, Task &&task) {
+    std::atomic<bool> failed{false};
+    parallel(static_cast<int>(parts), [&](int part) {
+        try {
+            task(part);
+        } catch (const std::bad_alloc &) {
+            failed.store(true, std::memory_order_relaxed);
+        }
+    });
+    if (failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
+}
+
+// The vectors that steps read and write, each with its rows' distance.
+struct Vectors {
+    const float *input;
+    float *states;
+    float *output;
+    std::int64_t inputs, state_count, outputs;
+    const float *bias;
+    std::int64_t batch;
+};
+
+class Interpreter {
+public:
+    explicit Interpreter(const BlockSequence &p)
+        : p_(p), kernel_(columns_product_kernel()) {}
+
+    // Runs the steps of the group that starts at `at`; returns where the next one starts.
+    const std::int64_t *group(const std::int64_t *at, const Vectors &v) const {
+        std::vector<ColumnsSegment> &segments = scratch().segments;
+        const std::int64_t steps = at[1];
+        at += 2;
+        for (std::int64_t step = 0; step < steps; ++step) {
+            const std::int64_t space = at[0], offset = at[1], size = at[2], count = at[3];
+            at += 4;
+            if (segments.size() < static_cast<std::size_t>(count)) segments.resize(static_cast<std::size_t>(count));
+            for (std::int64_t s = 0; s < count; ++s, at += 6) {
+                const bool state = at[3] == program::state;
+                segments[static_cast<std::size_t>(s)] = {p_.matrices[at[0]] + at[1], at[2],
+                                                         (state ? v.states : v.input) + at[4],
+                                                         state ? v.state_count : v.inputs, at[5]};
+            }
+            const bool output = space == program::output;
+            kernel_({segments.data(), count, output && v.bias != nullptr ? v.bias + offset : nullptr,
+                     (output ? v.output : v.states) + offset, output ? v.outputs : v.state_count, v.batch, size});
+        }
+        return at;
+    }
+
+    static const std::int64_t *beyond_group(const std::int64_t *at) {
+        const std::int64_t steps = at[1];
+        at += 2;
+        for (std::int64_t step = 0; step < steps; ++step) at += 4 + 6 * at[3];
+        return at;
+    }
+
+    void run(const Vectors &v, int threads) const {
+        const std::int64_t *at = p_.code + program::head_size;
+        for (std::int64_t phase = 0; phase < p_.code[program::phases]; ++phase)
+            at = threads > 1 ? phase_on_threads(at, v, threads) : phase_here(at, v);
+    }
+
+private:
+    const std::int64_t *phase_here(const std::int64_t *at, const Vectors &v) const {
+        const std::int64_t groups = *at++;
+        for (std::int64_t g = 0; g < groups; ++g) at = group(at, v);
+        return at;
+    }
+
+    // Consecutive groups with about the same number of multiply-adds for each thread.
+    const std::int64_t *phase_on_threads(const std::int64_t *at, const Vectors &v, int threads) const {
+        const std::int64_t groups = *at++;
+        std::int64_t total = 0;
+        const std::int64_t *end = at;
+        for (std::int64_t g = 0; g < groups; ++g) {
+            total += end[0];
+            end = beyond_group(end);
+        }
+        const std::int64_t parts =
+            std::clamp<std::int64_t>(total * v.batch / worth_a_thread, 1, std::min<std::int64_t>(threads, groups));
+        if (parts <= 1) return phase_here(at - 1, v);
+        parallel_or_throw(parts, [&](int part) {
+            const std::int64_t *mine = at;
+            std::int64_t before = 0;
+            for (std::int64_t g = 0; g < groups; ++g) {
+                // A group belongs to the part that its middle falls into.
+                const std::int64_t owner = total > 0 ? std::min(parts - 1, (2 * before + mine[0]) * parts / (2 * total)) : 0;
+                before += mine[0];
+                mine = owner == part ? group(mine, v) : beyond_group(mine);
+            }
+        });
+        return end;
+    }
+
+    const BlockSequence &p_;
+    ColumnsProductKernel kernel_;
+};
+
+// Inputs [first, first + batch) of the whole product.
+void apply_slice(const BlockSequence &p, std::int64_t first, std::int64_t batch, int threads) {
+    const std::int64_t *code = p.code;
+    const std::int64_t inputs = code[program::inputs], outputs = code[program::outputs];
+    const std::int64_t states = code[program::states];
+    const std::int64_t *order = code[program::input_order] != 0 ? code + code[program::input_order] : nullptr;
+    const std::int64_t *places = code[program::output_places] != 0 ? code + code[program::output_places] : nullptr;
+
+    // An odd number of cache lines from one input's states to the next: a power of two would make them meet
+    // in the same few places of the cache.
+    const std::int64_t state_stride = (states + 15) / 16 * 16 | 16;
+    float *memory = grown(scratch().floats, batch * (state_stride + (order != nullptr ? inputs : 0) +
+                                                     (places != nullptr ? outputs : 0)));
+    float *ordered_input = memory + batch * state_stride;
+    float *ordered_output = ordered_input + (order != nullptr ? batch * inputs : 0);
+
+    const float *x = p.x + first * inputs;
+    float *out = p.out + first * outputs;
+    if (order != nullptr)
+        for (std::int64_t b = 0; b < batch; ++b)
+            for (std::int64_t i = 0; i < inputs; ++i) ordered_input[b * inputs + i] = x[b * inputs + order[i]];
+    Interpreter(p).run({order != nullptr ? ordered_input : x, memory, places != nullptr ? ordered_output : out,
+                        inputs, state_stride, outputs, places != nullptr ? nullptr : p.bias, batch},
+                       threads);
+    if (places != nullptr)
+        for (std::int64_t b = 0; b < batch; ++b)
+            for (std::int64_t i = 0; i < outputs; ++i)
+                out[b * outputs + i] = ordered_output[b * outputs + places[i]] + (p.bias != nullptr ? p.bias[i] : 0.0f);
+}
+
+}  // namespace
+
+void block_sequence_apply(const BlockSequence &p, int threads) {
+    // Many inputs are divided among the threads, which then never wait for each other; few share the steps.
+    const std::int64_t per_thread = (p.batch + threads - 1) / std::max(threads, 1);
+    if (threads > 1 && per_thread >= 8) {
+        parallel_or_throw(threads, [&](int part) {
+            const std::int64_t begin = std::min(p.batch, part * per_thread);
+            const std::int64_t end = std::min(p.batch, begin + per_thread);
+            for (std::int64_t first = begin; first < end; first += slice)
+                apply_slice(p, first, std::min(slice, end - first), 1);
+        });
+        return;
+    }
+    for (std::int64_t first = 0; first < p.batch; first += slice)
+        apply_slice(p, first, std::min(slice, p.batch - first), threads);
+}
+
+}  // namespace weft

@@ -1,0 +1,40 @@
+#pragma once
+// Products with matrices made of blocks, as a program: steps that each compute one stretch of a vector from
+// stretches of others, out = Σ source block + bias. Hierarchical matrices and state recurrences are such
+// programs; weft.kernels.block_sequence writes them.
+
+#include <cstdint>
+
+namespace weft {
+
+// A program is a sequence of 64-bit numbers. Its head:
+//     inputs, outputs, states, phases, input order, output places
+// the last two being where in the program `inputs` and `outputs` numbers stand, or 0: the vector at position
+// p is x[order[p]], and out[i] is what stands at place[i]. Then the phases, one after the other:
+//     groups
+// and per group, of which those of a phase may run at the same time:
+//     multiply-adds, steps
+// and per step:
+//     space (1 states, 2 output), offset, size, segments
+// and per segment:
+//     matrix, offset in it, row stride, space (0 input, 1 states), offset, depth
+namespace program {
+enum Head : std::int64_t { inputs, outputs, states, phases, input_order, output_places, head_size };
+enum Space : std::int64_t { input, state, output };
+}  // namespace program
+
+struct BlockSequence {
+    const std::int64_t *code;
+    const float *const *matrices;
+    const float *x;     // (batch, inputs)
+    const float *bias;  // (outputs,), or null
+    float *out;         // (batch, outputs)
+    std::int64_t batch;
+};
+
+// All arrays contiguous and row-major, none overlapping `out`. The program must stay inside of its arrays:
+// it is not checked here. Uses up to `threads` threads where that pays. Throws std::bad_alloc where its
+// scratch memory cannot be had.
+void block_sequence_apply(const BlockSequence &sequence, int threads);
+
+}  // namespace weft

@@ -1,0 +1,162 @@
+#include "columns_product.hpp"
+
+#include "vector.hpp"
+
+namespace {
+
+// Where the registers of a strip of columns start. The last one ends at the strip's end and overlaps the one
+// before it, whose shared lanes it computes again alike: so no lane needs a mask unless the strip is
+// narrower than a register.
+template <int Vectors>
+struct Strip {
+    std::int64_t first;  // column
+    std::int64_t last;   // where the last register starts, from `first`
+    std::int64_t lanes;  // that count, in a strip narrower than a register
+
+    std::int64_t at(int v) const { return v + 1 < Vectors ? v * Vector::width : last; }
+};
+
+template <bool Narrow>
+inline Vector load(const float *from, std::int64_t lanes) {
+    if constexpr (Narrow) return Vector::load_first(from, lanes);
+    else return Vector::load(from);
+}
+
+template <bool Narrow>
+inline void store(Vector v, float *to, std::int64_t lanes) {
+    if constexpr (Narrow) v.store_first(to, lanes);
+    else v.store(to);
+}
+
+// One input: `Unroll` rows at a time have sums of their own, to hide the latency of the multiply-add.
+template <int Vectors, int Unroll, bool Narrow>
+inline void one_input(const weft::ColumnsProduct &p, Strip<Vectors> strip) {
+    Vector sums[Unroll][Vectors];
+    for (int u = 0; u < Unroll; ++u)
+        for (int v = 0; v < Vectors; ++v)
+            sums[u][v] = u == 0 && p.bias != nullptr ? load<Narrow>(p.bias + strip.first + strip.at(v), strip.lanes)
+                                                     : Vector::zero();
+    for (std::int64_t s = 0; s < p.segment_count; ++s) {
+        const weft::ColumnsSegment segment = p.segments[s];
+        const float *row = segment.matrix + strip.first;
+        std::int64_t k = 0;
+        for (; k + Unroll <= segment.count; k += Unroll)
+            for (int u = 0; u < Unroll; ++u, row += segment.matrix_stride) {
+                const Vector value = Vector::fill(segment.source[k + u]);
+                for (int v = 0; v < Vectors; ++v)
+                    sums[u][v] = sums[u][v].add_product(load<Narrow>(row + strip.at(v), strip.lanes), value);
+            }
+        for (; k < segment.count; ++k, row += segment.matrix_stride) {
+            const Vector value = Vector::fill(segment.source[k]);
+            for (int v = 0; v < Vectors; ++v)
+                sums[0][v] = sums[0][v].add_product(load<Narrow>(row + strip.at(v), strip.lanes), value);
+        }
+    }
+    for (int v = 0; v < Vectors; ++v) {
+        Vector sum = sums[0][v];
+        for (int u = 1; u < Unroll; ++u) sum = sum.add(sums[u][v]);
+        store<Narrow>(sum, p.out + strip.first + strip.at(v), strip.lanes);
+    }
+}
+
+// A tile of Batch inputs by Vectors registers of columns: Batch * Vectors products cost Batch + Vectors loads.
+template <int Vectors, int Batch, bool Narrow>
+inline void tile(const weft::ColumnsProduct &p, Strip<Vectors> strip, std::int64_t input) {
+    Vector sums[Batch][Vectors];
+    for (int v = 0; v < Vectors; ++v) {
+        const Vector start = p.bias != nullptr ? load<Narrow>(p.bias + strip.first + strip.at(v), strip.lanes)
+                                               : Vector::zero();
+        for (int b = 0; b < Batch; ++b) sums[b][v] = start;
+    }
+    for (std::int64_t s = 0; s < p.segment_count; ++s) {
+        const weft::ColumnsSegment segment = p.segments[s];
+        const float *row = segment.matrix + strip.first;
+        const float *source = segment.source + input * segment.source_stride;
+        for (std::int64_t k = 0; k < segment.count; ++k, row += segment.matrix_stride) {
+            Vector weights[Vectors];
+            for (int v = 0; v < Vectors; ++v) weights[v] = load<Narrow>(row + strip.at(v), strip.lanes);
+            for (int b = 0; b < Batch; ++b) {
+                const Vector value = Vector::fill(source[b * segment.source_stride + k]);
+                for (int v = 0; v < Vectors; ++v) sums[b][v] = sums[b][v].add_product(weights[v], value);
+            }
+        }
+    }
+    for (int b = 0; b < Batch; ++b) {
+        float *out = p.out + (input + b) * p.out_stride + strip.first;
+        for (int v = 0; v < Vectors; ++v) store<Narrow>(sums[b][v], out + strip.at(v), strip.lanes);
+    }
+}
+
+constexpr bool many_registers = Vector::registers >= 32;
+
+// Sums that fit beside a tile's weights and one input.
+constexpr int most_sums = many_registers ? 24 : 12;
+constexpr int widest_strip = 8;
+
+template <int Vectors>
+constexpr int batch_tile = most_sums / Vectors < 12 ? most_sums / Vectors : 12;
+
+template <int Vectors, bool Narrow>
+inline void strip_product(const weft::ColumnsProduct &p, Strip<Vectors> strip) {
+    if (p.batch == 1) {
+        constexpr int unroll = Vectors == 1 ? 8 : Vectors == 2 ? 4 : Vectors <= 4 ? 2 : 1;
+        one_input<Vectors, unroll, Narrow>(p, strip);
+        return;
+    }
+    constexpr int most = batch_tile<Vectors>;
+    std::int64_t input = 0;
+    for (; input + most <= p.batch; input += most) tile<Vectors, most, Narrow>(p, strip, input);
+    if constexpr (most > 8)
+        for (; input + 8 <= p.batch; input += 8) tile<Vectors, 8, Narrow>(p, strip, input);
+    if constexpr (most > 6)
+        for (; input + 6 <= p.batch; input += 6) tile<Vectors, 6, Narrow>(p, strip, input);
+    if constexpr (most > 4)
+        for (; input + 4 <= p.batch; input += 4) tile<Vectors, 4, Narrow>(p, strip, input);
+    if constexpr (most > 3)
+        for (; input + 3 <= p.batch; input += 3) tile<Vectors, 3, Narrow>(p, strip, input);
+    if constexpr (most > 2)
+        for (; input + 2 <= p.batch; input += 2) tile<Vectors, 2, Narrow>(p, strip, input);
+    for (; input < p.batch; ++input) tile<Vectors, 1, Narrow>(p, strip, input);
+}
+
+template <int Vectors>
+inline void wide(const weft::ColumnsProduct &p, std::int64_t first, std::int64_t width) {
+    strip_product<Vectors, false>(p, {first, width - Vector::width, 0});
+}
+
+}  // namespace
+
+namespace weft::WEFT_VARIANT {
+
+void columns_product(const ColumnsProduct &p) {
+    if (p.outputs < Vector::width) {
+        strip_product<1, true>(p, {0, 0, p.outputs});
+        return;
+    }
+    // Few inputs: wide strips, whose rows are long; many: strips that leave registers for more inputs.
+    const int widest = p.batch <= most_sums / widest_strip ? widest_strip : many_registers ? 4 : 3;
+    const std::int64_t vectors = (p.outputs + Vector::width - 1) / Vector::width;
+    const std::int64_t strips = (vectors + widest - 1) / widest;
+    for (std::int64_t s = 0; s < strips; ++s) {
+        const std::int64_t begin = vectors * s / strips, end = vectors * (s + 1) / strips;
+        const std::int64_t first = begin * Vector::width;
+        const std::int64_t beyond = end * Vector::width < p.outputs ? end * Vector::width : p.outputs;
+        switch (end - begin) {
+            case 1: {
+                // A last strip of one register that hangs over the end is moved back instead.
+                const std::int64_t start = beyond - Vector::width;
+                wide<1>(p, start, Vector::width);
+                break;
+            }
+            case 2: wide<2>(p, first, beyond - first); break;
+            case 3: wide<3>(p, first, beyond - first); break;
+            case 4: wide<4>(p, first, beyond - first); break;
+            case 5: wide<5>(p, first, beyond - first); break;
+            case 6: wide<6>(p, first, beyond - first); break;
+            case 7: wide<7>(p, first, beyond - first); break;
+            default: wide<8>(p, first, beyond - first); break;
+        }
+    }
+}
+
+}  // namespace weft::WEFT_VARIANT

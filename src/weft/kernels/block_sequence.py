@@ -1,0 +1,403 @@
+"""Products with matrices made of blocks, as a program of small products that run in one native call.
+
+A step computes one stretch of a vector from stretches of others:
+
+    target[to : to + size] = Σ source[from : from + depth] @ block (+ bias),
+
+where a block is `depth` rows of `size` numbers inside of a flat tensor that a family stores, so nothing is
+packed or copied and a changed weight counts at once. Sources are the input or states that earlier steps gave,
+targets are states or the output. Hierarchical matrices (inputs to coefficients, coefficients to outputs) and
+state recurrences are programs of this kind. Steps are kept in groups and groups in phases: the groups of a
+phase do not depend on each other.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.kernels import dispatch
+
+__all__ = ["Program", "Segment", "Space", "Step", "block_sequence_apply", "write_program"]
+
+
+class Space(IntEnum):
+    """Where numbers stand: sources are inputs or states, targets states or outputs."""
+
+    INPUT = 0
+    STATE = 1
+    OUTPUT = 2
+
+
+class Segment(NamedTuple):
+    """One block and what it multiplies.
+
+    Attributes:
+        matrix: which of the flat tensors holds the block.
+        start: where its first number stands.
+        stride: from one of its rows to the next.
+        space: where its source stands.
+        offset: at which place.
+        depth: its number of rows, and of numbers of the source.
+    """
+
+    matrix: int
+    start: int
+    stride: int
+    space: Space
+    offset: int
+    depth: int
+
+
+class Step(NamedTuple):
+    """One stretch of states or outputs: the sum of its segments; the bias or zeros without any.
+
+    Attributes:
+        space: where the result goes; never twice to the same place.
+        offset: at which place.
+        size: how many numbers, the width of all blocks.
+        segments: the parts of the sum.
+    """
+
+    space: Space
+    offset: int
+    size: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A checked sequence of steps as the native code reads it; `native/block_sequence.hpp` describes it.
+
+    Attributes:
+        inputs: the length of the vectors that it takes.
+        outputs: the length of those that it gives.
+        sizes: how many numbers each flat tensor holds.
+        code: the program, int64, on the host wherever the weights are.
+    """
+
+    inputs: int
+    outputs: int
+    sizes: tuple[int, ...]
+    code: Tensor
+
+
+_HEAD = 6
+
+
+def write_program(
+    inputs: int,
+    outputs: int,
+    states: int,
+    sizes: Sequence[int],
+    phases: Iterable[Sequence[Sequence[Step]]],
+    *,
+    input_order: Tensor | None = None,
+    output_places: Tensor | None = None,
+) -> Program:
+    """Checks steps against the sizes of what they read and write, and writes them down.
+
+    Args:
+        inputs: The length of the vectors.
+        outputs: The length of the results.
+        states: How many numbers the steps keep in between.
+        sizes: How many numbers each flat tensor holds.
+        phases: Per phase the groups, per group its steps in their order.
+        input_order: The input's index that stands at each position the steps know, or None.
+        output_places: The position that each index of the output is taken from, or None.
+
+    Returns:
+        The program.
+
+    Raises:
+        ValueError: A step reads or writes outside of its arrays, or an order does not fit.
+    """
+    extents = {Space.INPUT: inputs, Space.STATE: states, Space.OUTPUT: outputs}
+    body: list[int] = []
+    phase_count = 0
+    for groups in phases:
+        phase_count += 1
+        body.append(len(groups))
+        for steps in groups:
+            place = len(body)
+            body += [0, len(steps)]
+            work = 0
+            for step in steps:
+                inside = step.size > 0 and 0 <= step.offset <= extents[step.space] - step.size
+                if step.space is Space.INPUT or not inside:
+                    raise ValueError(f"a step writes outside of its array: {step}")
+                body += [step.space, step.offset, step.size, len(step.segments)]
+                for segment in step.segments:
+                    matrix, start, stride, space, offset, depth = segment
+                    last = start + (depth - 1) * stride + step.size
+                    readable = space is not Space.OUTPUT and 0 <= offset <= extents[space] - depth
+                    if depth < 1 or start < 0 or stride < 0 or last > sizes[matrix] or not readable:
+                        raise ValueError(f"a step reads outside of its arrays: {segment} of {step}")
+                    body += segment
+                    work += depth * step.size
+            body[place] = work
+    head = [inputs, outputs, states, phase_count, 0, 0]
+    parts = [torch.tensor([*head, *body], dtype=torch.int64)]
+    for slot, order, own, other in (
+        (4, input_order, inputs, inputs),
+        (5, output_places, outputs, outputs),
+    ):
+        if order is None:
+            continue
+        if order.shape != (own,) or (own and not 0 <= int(order.min()) <= int(order.max()) < other):
+            raise ValueError(f"an order must hold {own} indices below {other}, got {tuple(order.shape)}")
+        parts[0][slot] = sum(part.numel() for part in parts)
+        parts.append(order.to("cpu", torch.int64))
+    return Program(inputs, outputs, tuple(sizes), torch.cat(parts))
+
+
+Composed = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def block_sequence_apply(
+    x: Tensor, matrices: Sequence[Tensor], program: Program, bias: Tensor | None, composed: Composed
+) -> Tensor:
+    """Applies a matrix of blocks to a batch of vectors.
+
+    Args:
+        x: The vectors, shape (*batch, inputs).
+        matrices: The flat tensors.
+        program: The steps.
+        bias: Shape (outputs,), or None.
+        composed: The same product of PyTorch's operations, (x, bias) to the result: for gradients, other
+            devices and dtypes, and where there is no native code.
+
+    Returns:
+        The products, shape (*batch, outputs).
+    """
+    if dispatch.takes_raw_pointers(x, bias, *matrices):
+        if _fits(x, matrices, program, bias):
+            return _apply_in_memory(x, matrices, program, bias)
+    elif dispatch.calls_operation(x) and _operation_serves(x, matrices, bias):
+        return _operation(x, list(matrices), program.code, bias, program.outputs)
+    return composed(x, bias)
+
+
+def _fits(x: Tensor, matrices: Sequence[Tensor], program: Program, bias: Tensor | None) -> bool:
+    """Whether the arrays have the sizes that the program reads; what has not raises in the composition."""
+    shape = x.shape
+    if not shape or shape[-1] != program.inputs:
+        return False
+    for matrix, size in zip(matrices, program.sizes, strict=True):
+        if matrix.numel() != size:
+            return False
+    return bias is None or bias.shape == (program.outputs,)
+
+
+def _operation_serves(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> bool:
+    """Whether a compiled graph should hold the operation: where native code will run, without gradients."""
+    # With gradients the composition's own are faster, and known to every transform.
+    tensors = [x, *matrices] if bias is None else [x, *matrices, bias]
+    return (
+        dispatch.native is not None
+        and x.device.type == "cpu"
+        and all(tensor.dtype == torch.float32 for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    )
+
+
+def _apply_in_memory(x: Tensor, matrices: Sequence[Tensor], program: Program, bias: Tensor | None) -> Tensor:
+    """The product of tensors that passed the guard and fit the program, by the native code."""
+    shape = x.shape
+    out = x.new_empty((*shape[:-1], program.outputs))
+    dispatch.native.block_sequence_apply(
+        program.code.data_ptr(),
+        [matrix.data_ptr() for matrix in matrices],
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        math.prod(shape[:-1]),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+# The same program in PyTorch's operations: the operation's fallback and backward, and the tests' oracle.
+
+
+def reference(x: Tensor, matrices: Sequence[Tensor], code: Tensor, bias: Tensor | None) -> Tensor:
+    """Runs a program step by step, in any floating dtype.
+
+    Args:
+        x: The vectors, shape (*batch, inputs).
+        matrices: The flat tensors.
+        code: The program's numbers.
+        bias: Shape (outputs,), or None.
+
+    Returns:
+        The products, shape (*batch, outputs).
+    """
+    words = code.tolist()
+    vectors = _forward(x, matrices, words)
+    y = vectors[Space.OUTPUT]
+    if words[5]:
+        y = y[:, code[words[5] : words[5] + words[1]]]
+    y = y if bias is None else y + bias
+    return y.reshape(*x.shape[:-1], words[1])
+
+
+def gradients(
+    gradient: Tensor, x: Tensor, matrices: Sequence[Tensor], code: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The derivatives of a program's result, step by step backwards.
+
+    For target = source @ block, with g the derivative by the target: ∂source = g blockᵀ, ∂block = sourceᵀ g.
+
+    Args:
+        gradient: The derivative by the result, shape (*batch, outputs).
+        x: The vectors, shape (*batch, inputs).
+        matrices: The flat tensors.
+        code: The program's numbers.
+
+    Returns:
+        The derivatives by x and by each flat tensor.
+    """
+    words = code.tolist()
+    vectors = _forward(x, matrices, words)
+    derivatives = {space: torch.zeros_like(values) for space, values in vectors.items()}
+    rows = gradient.reshape(-1, words[1])
+    if words[5]:
+        derivatives[Space.OUTPUT].index_add_(1, code[words[5] : words[5] + words[1]], rows)
+    else:
+        derivatives[Space.OUTPUT] = rows
+    by_matrix = [torch.zeros_like(matrix, memory_format=torch.contiguous_format) for matrix in matrices]
+    for step in reversed(list(_steps(words))):
+        target = derivatives[step.space][:, step.offset : step.offset + step.size]
+        for segment in step.segments:
+            source = slice(segment.offset, segment.offset + segment.depth)
+            block, slot = (_block(flat[segment.matrix], segment, step.size) for flat in (matrices, by_matrix))
+            slot += vectors[segment.space][:, source].T @ target
+            derivatives[segment.space][:, source] += target @ block.T
+    by_x = derivatives[Space.INPUT]
+    if words[4]:
+        restored = torch.zeros_like(by_x)
+        by_x = restored.index_add_(1, code[words[4] : words[4] + words[0]], by_x)
+    return by_x.reshape(x.shape), by_matrix
+
+
+def _forward(x: Tensor, matrices: Sequence[Tensor], words: list[int]) -> dict[Space, Tensor]:
+    """All vectors after the last step, shape (batch, size) each, in the order that the steps know."""
+    rows = x.reshape(-1, words[0])
+    if words[4]:
+        rows = rows[:, words[words[4] : words[4] + words[0]]]
+    vectors = {
+        Space.INPUT: rows,
+        Space.STATE: rows.new_zeros(rows.shape[0], words[2]),
+        Space.OUTPUT: rows.new_zeros(rows.shape[0], words[1]),
+    }
+    for step in _steps(words):
+        target = vectors[step.space][:, step.offset : step.offset + step.size]
+        for segment in step.segments:
+            source = vectors[segment.space][:, segment.offset : segment.offset + segment.depth]
+            target += source @ _block(matrices[segment.matrix], segment, step.size)
+    return vectors
+
+
+def _steps(words: list[int]) -> Iterator[Step]:
+    """The steps of a program, read back from its numbers."""
+    numbers = iter(words[_HEAD:])
+
+    def take(count: int) -> list[int]:
+        return list(itertools.islice(numbers, count))
+
+    for _ in range(words[3]):
+        for _ in range(next(numbers)):
+            _, steps = take(2)
+            for _ in range(steps):
+                space, offset, size, count = take(4)
+                segments = []
+                for _ in range(count):
+                    matrix, start, stride, source, place, depth = take(6)
+                    segments.append(Segment(matrix, start, stride, Space(source), place, depth))
+                yield Step(Space(space), offset, size, tuple(segments))
+
+
+def _block(flat: Tensor, segment: Segment, size: int) -> Tensor:
+    """A segment's block as a view of its tensor, shape (count, size)."""
+    return flat.reshape(-1).as_strided(
+        (segment.depth, size), (segment.stride, 1), flat.storage_offset() + segment.start
+    )
+
+
+# The operations that compiled graphs hold.
+
+_library = torch.library.Library("weft", "FRAGMENT")
+_library.define(
+    "block_sequence_apply(Tensor x, Tensor[] matrices, Tensor code, Tensor? bias, int outputs) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "block_sequence_gradients(Tensor gradient, Tensor x, Tensor[] matrices, Tensor code) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_operation = torch.ops.weft.block_sequence_apply.default
+
+
+def _on_host(
+    x: Tensor, matrices: Sequence[Tensor], code: Tensor, bias: Tensor | None, outputs: int
+) -> Tensor:
+    program = Program(x.shape[-1] if x.ndim else 0, outputs, tuple(map(torch.numel, matrices)), code)
+    # The operation is not called but by block_sequence_apply, with a program's own code.
+    if dispatch.takes_raw_pointers(x, bias, *matrices) and _fits(x, matrices, program, bias):
+        return _apply_in_memory(x, matrices, program, bias)
+    return reference(x, matrices, code, bias)
+
+
+_library.impl("block_sequence_apply", _on_host, "CompositeExplicitAutograd")
+
+
+def _fake(x: Tensor, matrices: Sequence[Tensor], code: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+torch.library.register_fake("weft::block_sequence_apply", _fake, lib=_library)
+
+
+def _gradients_on_host(gradient: Tensor, x: Tensor, matrices: Sequence[Tensor], code: Tensor) -> list[Tensor]:
+    by_x, by_matrix = gradients(gradient, x, matrices, code)
+    return [by_x.contiguous(), *by_matrix]
+
+
+_library.impl("block_sequence_gradients", _gradients_on_host, "CompositeExplicitAutograd")
+
+
+def _fake_gradients(gradient: Tensor, x: Tensor, matrices: Sequence[Tensor], code: Tensor) -> list[Tensor]:
+    return [x.new_empty(x.shape), *(matrix.new_empty(matrix.shape) for matrix in matrices)]
+
+
+torch.library.register_fake("weft::block_sequence_gradients", _fake_gradients, lib=_library)
+
+
+def _remember(ctx, inputs: tuple, output: Tensor) -> None:
+    x, matrices, code, bias, _ = inputs
+    ctx.save_for_backward(x, code, *matrices)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, gradient: Tensor):
+    x, code, *matrices = ctx.saved_tensors
+    by_x, *by_matrix = torch.ops.weft.block_sequence_gradients(gradient, x, matrices, code)
+    by_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.has_bias else None
+    return by_x, by_matrix, None, by_bias, None
+
+
+torch.library.register_autograd(
+    "weft::block_sequence_apply", _backward, setup_context=_remember, lib=_library
+)
+
+
+def _refuse(ctx, *derivatives):
+    raise NotImplementedError("block_sequence_apply has no second derivative; differentiate the reference")
+
+
+torch.library.register_autograd("weft::block_sequence_gradients", _refuse, lib=_library)
