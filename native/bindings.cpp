@@ -9,6 +9,7 @@
 #include "block_sequence.hpp"
 #include "low_rank.hpp"
 #include "processor.hpp"
+#include "quantized.hpp"
 
 namespace nb = nanobind;
 
@@ -42,6 +43,42 @@ void block_sequence_apply(std::uintptr_t code, nb::list matrices, std::uintptr_t
         threads);
 }
 
+weft::QuantizedMatrix quantized_matrix(std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros,
+                                       std::uintptr_t codebook, std::int64_t book_stride, std::int64_t inputs,
+                                       std::int64_t outputs, std::int64_t group, int bits) {
+    return {at<const std::uint8_t>(codes), at<const float>(scales), at<const float>(zeros),
+            at<const float>(codebook), book_stride, inputs, outputs, group, bits};
+}
+
+void quantized_apply(std::uintptr_t x, std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros,
+                     std::uintptr_t bias, std::uintptr_t out, std::int64_t batch, std::int64_t inputs,
+                     std::int64_t outputs, std::int64_t group, int bits, bool int8, int threads) {
+    nb::gil_scoped_release release;
+    const weft::QuantizedProduct product = {
+        quantized_matrix(codes, scales, zeros, 0, 0, inputs, outputs, group, bits), at<const float>(x),
+        at<const float>(bias), at<float>(out), batch};
+    if (int8) weft::quantized_int8(product, threads);
+    else weft::quantized_float(product, threads);
+}
+
+void codebook_apply(std::uintptr_t x, std::uintptr_t codes, std::uintptr_t codebook, std::int64_t book_stride,
+                    std::uintptr_t bias, std::uintptr_t out, std::int64_t batch, std::int64_t inputs,
+                    std::int64_t outputs, int bits, int threads) {
+    nb::gil_scoped_release release;
+    weft::quantized_float({quantized_matrix(codes, 0, 0, codebook, book_stride, inputs, outputs, inputs, bits),
+                           at<const float>(x), at<const float>(bias), at<float>(out), batch},
+                          threads);
+}
+
+void quantized_write(std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros, std::uintptr_t codebook,
+                     std::int64_t book_stride, std::uintptr_t out, std::int64_t inputs, std::int64_t outputs,
+                     std::int64_t group, int bits, int threads) {
+    nb::gil_scoped_release release;
+    weft::quantized_write(
+        quantized_matrix(codes, scales, zeros, codebook, book_stride, inputs, outputs, group, bits),
+        at<float>(out), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -52,4 +89,9 @@ NB_MODULE(_native, module) {
                "Uses the leaf kernels' copy of this name from now on; False where build or processor lack it.");
     module.def("low_rank_apply", &low_rank_apply,
                "out = (x rightᵀ) leftᵀ + bias on float32 arrays given by their addresses (bias may be 0).");
+    module.def("quantized_apply", &quantized_apply,
+               "out = x Ŵᵀ + bias for uniform codes, on float32 arrays given by their addresses (zeros and bias "
+               "may be 0); with vectors rounded to whole numbers where `int8`.");
+    module.def("codebook_apply", &codebook_apply, "The same for codes of a codebook (book_stride 0: one for all).");
+    module.def("quantized_write", &quantized_write, "out = Ŵ: the weights that codes stand for.");
 }

@@ -25,13 +25,15 @@ bool has_bits(int leaf, int register_index, unsigned bits) {
 }
 // The operating system must save the wide registers too: XCR0 bits 1-2 (AVX), 5-7 (AVX-512).
 bool saves(std::uint64_t state) { return has_bits(1, 2, 1u << 27) && (_xgetbv(0) & state) == state; }
-[[maybe_unused]] bool has_avx2() { return saves(0x6) && has_bits(1, 2, 1u << 12) && has_bits(7, 1, 1u << 5); }
+[[maybe_unused]] bool has_avx2() { return saves(0x6) && has_bits(1, 2, 1u << 12) && has_bits(7, 1, 1u << 5 | 1u << 8); }
 [[maybe_unused]] bool has_avx512() {
     return has_avx2() && saves(0xE6) && has_bits(7, 1, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31);
 }
 #elif defined(__x86_64__)
 // These builtins ask the operating system's part (XCR0) as well.
-[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
 [[maybe_unused]] bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
 }
@@ -96,6 +98,15 @@ bool use_instructions(const char *name) {
 }
 
 const char *instructions_name() { return name_of(instructions()); }
+
+bool has_avx512_integers() {
+#if defined(__x86_64__) && !defined(_MSC_VER)
+    return has_avx512() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+#else
+    return false;
+#endif
+}
 
 // Returns this processor's copy of a leaf kernel: one line per kernel below.
 #if defined(WEFT_HAS_neon)

@@ -14,4 +14,8 @@ bool use_instructions(const char *name);
 
 const char *instructions_name();
 
+// Whether the processor has AVX-512's byte and integer dot products too (BW, VBMI, VNNI), as the copies named
+// avx512vnni need.
+bool has_avx512_integers();
+
 }  // namespace weft

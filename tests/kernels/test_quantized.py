@@ -1,12 +1,16 @@
 """Products with packed codes: storage, reference, gradients, graphs, and every copy of the native kernels."""
 
+import ctypes
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft import kernels
-from weft.kernels import quantized
+from weft.kernels import dispatch, quantized
 from weft.kernels.quantized import codebook_apply, pack, quantized_apply, unpack
 
 ALL_BITS = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -290,3 +294,233 @@ def test_codebook_of_the_wrong_size_is_refused():
 def test_public_names():
     assert kernels.quantized_apply is quantized_apply
     assert kernels.codebook_apply is codebook_apply
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The native kernels
+
+needs_native = pytest.mark.skipif(dispatch.native is None, reason="this process runs the reference")
+
+
+@pytest.fixture(params=["portable", "NEON", "AVX2", "AVX-512"])
+def copy_of_the_kernels(request):
+    """Every copy that build and processor have, one after the other."""
+    if dispatch.native is None:
+        pytest.skip("this process runs the reference")
+    before = dispatch.native.instructions()
+    if not dispatch.native.use_instructions(request.param):
+        pytest.skip(f"{request.param} instructions are not to be had here")
+    yield request.param
+    dispatch.native.use_instructions(before)
+
+
+# Outputs, inputs, group: single codes, rows that end inside a byte, a step, a block; groups below, between
+# and above the registers' widths, and one that no kernel takes.
+SHAPES = [
+    (1, 1, 1),
+    (5, 7, 7),
+    (9, 35, 35),
+    (13, 64, 8),
+    (7, 128, 16),
+    (6, 192, 24),
+    (33, 257, 257),
+    (10, 640, 40),
+    (9, 1280, 64),
+    (3, 1024, 256),
+    (6, 36, 12),
+]
+VECTORS = [(1,), (2, 3)]
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_copy_equals_the_dense_product(copy_of_the_kernels, shape, bits):
+    outputs, inputs, group = shape
+    for batch in VECTORS:
+        for zeros in (False, True):
+            arguments, weight = uniform(batch, outputs, inputs, bits, group=group, zeros=zeros)
+            assert_close(quantized_apply(*arguments), arguments[0], weight, arguments[-1])
+            y = quantized_apply(*arguments, activations="int8")
+            assert_close(y, rounded(arguments[0]), weight, arguments[-1])
+        for per_row in (False, True):
+            arguments, weight = with_codebook(batch, outputs, inputs, bits, per_row=per_row)
+            assert_close(codebook_apply(*arguments), arguments[0], weight, arguments[-1])
+
+
+def test_large_batches_equal_the_dense_product(copy_of_the_kernels):
+    for bits in ALL_BITS:
+        arguments, weight = uniform((600,), 9, 80, bits, group=16, zeros=True)
+        assert_close(quantized_apply(*arguments), arguments[0], weight, arguments[-1])
+        y = quantized_apply(*arguments, activations="int8")
+        assert_close(y, rounded(arguments[0]), weight, arguments[-1])
+        arguments, weight = with_codebook((600,), 9, 80, bits)
+        assert_close(codebook_apply(*arguments), arguments[0], weight, arguments[-1])
+
+
+def test_long_rows_of_the_largest_numbers_do_not_overflow(copy_of_the_kernels):
+    """70000 · 255 · 127 is beyond 32 bits."""
+    inputs = 70_000
+    codes, x = torch.full((2, inputs), 255), torch.ones(1, inputs)
+    zeros, scales = torch.zeros(2, 1), torch.ones(2, 1)
+    y = quantized_apply(x, pack(codes, 8), scales, zeros, 8, inputs, inputs, None, "int8")
+    torch.testing.assert_close(y, torch.full((1, 2), 255.0 * inputs), rtol=1e-6, atol=0)
+
+
+def test_vectors_are_rounded_as_the_reference_rounds_them(copy_of_the_kernels):
+    """With the identity for a matrix the rounded vector itself comes out."""
+    inputs = 96
+    generator = generator_of(0)
+    codes = 128 + torch.eye(inputs, dtype=torch.int64)
+    x = torch.randn(200, inputs, generator=generator)
+    halves = torch.arange(-48, 48) + 0.5
+    x[0, :-1], x[0, -1] = halves[:-1], 127.0  # steps of one: every entry but the last is a tie
+    x[1] = 0.0
+    x[2] *= 1e-36
+    x[3] *= 1e30
+    arguments = (x, pack(codes, 8), torch.ones(inputs, 1), None, 8, inputs, inputs)
+    expected = quantized.reference(*arguments, activations="int8")
+    torch.testing.assert_close(quantized_apply(*arguments, activations="int8"), expected, rtol=3e-7, atol=0)
+    assert expected[0, :4].tolist() == [-48.0, -46.0, -46.0, -44.0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_spoil_their_own_vector_only(copy_of_the_kernels, bad):
+    arguments, weight = uniform((3,), 5, 64, 8)
+    x = arguments[0].clone()
+    x[1, 7] = bad
+    for activations in ("float", "int8"):
+        y = quantized_apply(x, *arguments[1:], activations=activations)
+        expected = quantized.reference(x, *arguments[1:], activations=activations)
+        assert not y[1].isfinite().any()
+        assert not expected[1].isfinite().any()
+        torch.testing.assert_close(y[::2], expected[::2], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_nothing_is_read_beyond_the_codes_nor_written_beyond_the_output(copy_of_the_kernels, bits):
+    """The codes end where the process's memory does; the output lies between marks."""
+    page = mmap.PAGESIZE
+    for inputs in (1, 9, 64, 65, 129, 200, 257):
+        (x, codes, scales, _, _, group, _, bias), weight = uniform((2,), 6, inputs, bits)
+        length = codes.numel()
+        pages = -(-length // page)
+        memory = mmap.mmap(-1, (pages + 1) * page)
+        every = torch.frombuffer(memory, dtype=torch.uint8)
+        protect = ctypes.CDLL(None, use_errno=True).mprotect
+        protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        assert protect(every.data_ptr() + pages * page, page, 0) == 0
+        at_the_end = every[pages * page - length : pages * page].view(codes.shape)
+        at_the_end.copy_(codes)
+        marked = torch.full((2 * 6 + 64,), 7.0)
+        for int8 in (False, True):
+            dispatch.native.quantized_apply(
+                x.data_ptr(),
+                at_the_end.data_ptr(),
+                scales.data_ptr(),
+                0,
+                bias.data_ptr(),
+                marked[32:].data_ptr(),
+                2,
+                inputs,
+                6,
+                group,
+                bits,
+                int8,
+                1,
+            )
+            assert (marked[:32] == 7).all()
+            assert (marked[-32:] == 7).all()
+            expected = quantized.reference(
+                x, codes, scales, None, bits, group, inputs, bias, "int8" if int8 else "float"
+            )
+            torch.testing.assert_close(marked[32:-32].view(2, 6), expected, rtol=1e-5, atol=1e-4)
+        written = torch.full((6 * inputs + 64,), 7.0)
+        dispatch.native.quantized_write(
+            at_the_end.data_ptr(),
+            scales.data_ptr(),
+            0,
+            0,
+            0,
+            written[32:].data_ptr(),
+            inputs,
+            6,
+            group,
+            bits,
+            1,
+        )
+        assert (written[:32] == 7).all()
+        assert (written[-32:] == 7).all()
+        torch.testing.assert_close(written[32:-32].view(6, inputs).double(), weight)
+        protect(every.data_ptr() + pages * page, page, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def test_several_threads_give_what_one_gives():
+    arguments, _ = uniform((3,), 1001, 1280, 4, group=64)
+    book, _ = with_codebook((3,), 1001, 1280, 4)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append((
+                quantized_apply(*arguments),
+                quantized_apply(*arguments, activations="int8"),
+                codebook_apply(*book),
+            ))
+    finally:
+        torch.set_num_threads(before)
+    for more in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(more, results[0], strict=True))
+
+
+def test_eight_threads_at_once_get_their_own_results():
+    cases = [uniform((1 + seed % 5,), 300, 264, 1 + seed, group=24, seed=seed) for seed in range(8)]
+
+    def work(case):
+        arguments, _ = case
+        return [
+            (quantized_apply(*arguments), quantized_apply(*arguments, activations="int8")) for _ in range(100)
+        ]
+
+    with ThreadPoolExecutor(8) as executor:
+        for (arguments, weight), results in zip(cases, executor.map(work, cases), strict=True):
+            assert_close(results[0][0], arguments[0], weight, arguments[-1])
+            assert_close(results[0][1], rounded(arguments[0]), weight, arguments[-1])
+            for plain, int8 in results[1:]:
+                assert torch.equal(plain, results[0][0])
+                assert torch.equal(int8, results[0][1])
+
+
+def test_strided_tensors_and_subclasses_give_the_same_product():
+    arguments, weight = uniform((6,), 5, 64, 4, group=16, zeros=True)
+
+    class Tagged(torch.Tensor):
+        pass
+
+    for place in (0, 1, 2, 3, 7):
+        strided = list(arguments)
+        if place == 7:
+            strided[place] = arguments[place].repeat_interleave(2)[::2]
+        else:
+            strided[place] = arguments[place].T.contiguous().T
+        assert not strided[place].is_contiguous()
+        assert_close(quantized_apply(*strided), arguments[0], weight, arguments[-1])
+    tagged = list(arguments)
+    tagged[1] = arguments[1].as_subclass(Tagged)
+    assert_close(quantized_apply(*tagged), arguments[0], weight, arguments[-1])
+
+
+@needs_native
+def test_plain_inference_takes_the_native_kernels(monkeypatch):
+    arguments, _ = uniform((2,), 5, 64, 4)
+    scales = torch.nn.Parameter(arguments[2])
+    called = []
+    monkeypatch.setattr(quantized, "_apply_in_memory", lambda *a: called.append(a))
+    quantized_apply(*arguments)
+    assert len(called) == 1
+    trained = (*arguments[:2], scales, *arguments[3:])
+    quantized_apply(*trained)
+    assert len(called) == 1
+    with torch.inference_mode():
+        quantized_apply(*trained)
+    assert len(called) == 2

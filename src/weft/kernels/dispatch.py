@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 __all__ = [
     "calls_operation",
+    "holds_bytes",
     "in_plain_eager",
     "native",
     "needs_plain_operations",
@@ -151,3 +152,15 @@ def takes_raw_pointers(*tensors: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def holds_bytes(tensor: Tensor) -> bool:
+    """Whether the native library may read a tensor of bytes, beside those that `takes_raw_pointers` admits.
+
+    Args:
+        tensor: Packed codes or indices.
+
+    Returns:
+        True for plain contiguous uint8 in host memory.
+    """
+    return type(tensor) is Tensor and tensor.dtype is torch.uint8 and tensor.is_cpu and tensor.is_contiguous()

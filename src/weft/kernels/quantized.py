@@ -172,6 +172,8 @@ def quantized_apply(
         tensor([[-4.0000,  0.0000,  3.5000]])
     """
     _check_quantized(x, codes, scales, zeros, bits, group, inputs, bias, activations)
+    if dispatch.takes_raw_pointers(x, scales, zeros, bias) and dispatch.holds_bytes(codes):
+        return _apply_in_memory(x, codes, scales, zeros, bits, group, inputs, bias, activations == "int8")
     if dispatch.calls_operation(x):
         return _operation(x, codes, scales, zeros, bits, group, inputs, bias, activations == "int8")
     return reference(x, codes, scales, zeros, bits, group, inputs, bias, activations)
@@ -280,6 +282,8 @@ def codebook_apply(
         tensor([3.5000])
     """
     _check_codebook(x, codes, codebook, bits, inputs, bias)
+    if dispatch.takes_raw_pointers(x, codebook, bias) and dispatch.holds_bytes(codes):
+        return _look_up_in_memory(x, codes, codebook, bits, inputs, bias)
     if dispatch.calls_operation(x):
         return _codebook_operation(x, codes, codebook, bits, inputs, bias)
     return codebook_reference(x, codes, codebook, bits, inputs, bias)
@@ -379,6 +383,104 @@ def _check_codebook(
 
 
 # ------------------------------------------------------------------------------------------------------------
+# In memory: tensors that passed the guard and the checks
+
+# The largest batches for the native products: beyond them it measures faster to write the weights out once
+# and to call the vendor's product.
+_LARGEST_FLOAT_BATCH = 16
+_LARGEST_INT8_BATCH = 512
+
+
+def _apply_in_memory(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group: int,
+    inputs: int,
+    bias: Tensor | None,
+    int8: bool,
+) -> Tensor:
+    outputs = codes.shape[0]
+    batch = x.numel() // inputs
+    zeros_at = 0 if zeros is None else zeros.data_ptr()
+    native = batch <= (_LARGEST_INT8_BATCH if int8 else _LARGEST_FLOAT_BATCH)
+    if not native or (group % 8 and group != inputs):
+        weight = x.new_empty(outputs, inputs)
+        dispatch.native.quantized_write(
+            codes.data_ptr(),
+            scales.data_ptr(),
+            zeros_at,
+            0,
+            0,
+            weight.data_ptr(),
+            inputs,
+            outputs,
+            group,
+            bits,
+            torch.get_num_threads(),
+        )
+        return functional.linear(_rounded(x) if int8 else x, weight, bias)
+    out = x.new_empty(*x.shape[:-1], outputs)
+    dispatch.native.quantized_apply(
+        x.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        zeros_at,
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        batch,
+        inputs,
+        outputs,
+        group,
+        bits,
+        int8,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _look_up_in_memory(
+    x: Tensor, codes: Tensor, codebook: Tensor, bits: int, inputs: int, bias: Tensor | None
+) -> Tensor:
+    outputs = codes.shape[0]
+    batch = x.numel() // inputs
+    book_stride = codebook.shape[1] if codebook.shape[0] == outputs else 0
+    if batch > _LARGEST_FLOAT_BATCH:
+        weight = x.new_empty(outputs, inputs)
+        dispatch.native.quantized_write(
+            codes.data_ptr(),
+            0,
+            0,
+            codebook.data_ptr(),
+            book_stride,
+            weight.data_ptr(),
+            inputs,
+            outputs,
+            inputs,
+            bits,
+            torch.get_num_threads(),
+        )
+        return functional.linear(x, weight, bias)
+    out = x.new_empty(*x.shape[:-1], outputs)
+    dispatch.native.codebook_apply(
+        x.data_ptr(),
+        codes.data_ptr(),
+        codebook.data_ptr(),
+        book_stride,
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        batch,
+        inputs,
+        outputs,
+        bits,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The operations that compiled graphs hold. Their backward is made of differentiable operations.
 
 _library = torch.library.Library("weft", "FRAGMENT")
@@ -399,8 +501,22 @@ def _anywhere(x, codes, scales, zeros, bits, group, inputs, bias, int8) -> Tenso
     return reference(x, codes, scales, zeros, bits, group, inputs, bias, "int8" if int8 else "float")
 
 
+def _on_host(x, codes, scales, zeros, bits, group, inputs, bias, int8) -> Tensor:
+    if dispatch.takes_raw_pointers(x, scales, zeros, bias) and dispatch.holds_bytes(codes):
+        return _apply_in_memory(x, codes, scales, zeros, bits, group, inputs, bias, int8)
+    return _anywhere(x, codes, scales, zeros, bits, group, inputs, bias, int8)
+
+
+def _codebook_on_host(x, codes, codebook, bits, inputs, bias) -> Tensor:
+    if dispatch.takes_raw_pointers(x, codebook, bias) and dispatch.holds_bytes(codes):
+        return _look_up_in_memory(x, codes, codebook, bits, inputs, bias)
+    return codebook_reference(x, codes, codebook, bits, inputs, bias)
+
+
 _library.impl("quantized_apply", _anywhere, "CompositeExplicitAutograd")
 _library.impl("codebook_apply", codebook_reference, "CompositeExplicitAutograd")
+_library.impl("quantized_apply", _on_host, "CPU")
+_library.impl("codebook_apply", _codebook_on_host, "CPU")
 
 
 @torch.library.register_fake("weft::quantized_apply", lib=_library)
