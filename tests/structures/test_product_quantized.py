@@ -27,7 +27,7 @@ def test_codes_are_packed_into_the_smallest_integers(codewords: int, bits: int, 
 def test_bytes_are_those_of_codes_codebooks_and_scales() -> None:
     member = ProductQuantized(16, 256).fit(drawn(100, 64))
     assert member.cost().bytes == 100 * 16 + 4 * (256 * 4) + 4 * 100
-    assert member.cost().parameters == 256 * 4 + 100
+    assert member.cost().parameters == 100 * 64 + 256 * 4 + 100
     assert member.cost().multiply_adds == 64 * 256 + 100 * 16 + 100
 
 

@@ -55,8 +55,9 @@ class ProductQuantized(Structure):
         ValueError: a count is out of bounds.
 
     Examples:
-        >>> ProductQuantized(subspaces=320, codewords=256).parameter_count((1000, 1280))
-        2024
+        >>> member = ProductQuantized(subspaces=32, codewords=16).fit(torch.randn(100, 128))
+        >>> member.cost().bytes  # half a byte per code, 16 codewords of 4 numbers, 100 scales
+        2256
     """
 
     source: ClassVar[str] = "Gong et al. 2014, section 3.3; van Baalen et al. 2024 (choice of the codes)"
@@ -87,10 +88,11 @@ class ProductQuantized(Structure):
         ]
         yield from sorted(found, key=lambda one: (one.parameter_count(shape), one.subspaces))
 
+    # Real coefficients before coding, as for every quantised weight; the codes count in bytes.
     def parameter_count(self, shape: Shape) -> int:
         outputs, inputs = matrix_shape(shape)
-        width = inputs // self.subspaces
-        return self.codebooks * self.codewords * width + (outputs if self.scaled else 0)
+        own = self.codebooks * self.codewords * (inputs // self.subspaces)
+        return outputs * inputs + own + (outputs if self.scaled else 0)
 
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int:
         outputs, inputs = matrix_shape(shape)
@@ -249,6 +251,10 @@ class ProductQuantizedMatrix(StructuredMatrix):
 
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
         return self.structure.multiply_adds(self.shape, geometry) or 0
+
+    def parameter_count(self) -> int:
+        """As of every quantised weight: its entries before coding, codebooks and scales."""
+        return self.structure.parameter_count(self.shape) or 0
 
     def as_codes(self, like: Tensor) -> Codes:
         """The member as the algorithms know it.

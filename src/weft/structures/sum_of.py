@@ -24,7 +24,6 @@ from weft.structures.base import (
     Structure,
     StructuredMatrix,
     check_nesting,
-    matrix_shape,
     refine_values,
 )
 
@@ -74,7 +73,6 @@ class SumOf(Structure):
 
     @classmethod
     def candidates(cls, shape: Shape, inner: Iterable[Structure] = ()) -> Iterator[Self]:
-        outputs, inputs = matrix_shape(shape)
         # Two members of one family add up to little that a dearer one does not have.
         pairs = [(a, b) for a, b in combinations(inner, 2) if type(a) is not type(b)]
         found = []
@@ -84,8 +82,7 @@ class SumOf(Structure):
                 candidate.check(shape)
             except ValueError:  # nested too deeply, or of a size that another weight has
                 continue
-            if (candidate.parameter_count(shape) or 0) < outputs * inputs:
-                found.append(candidate)
+            found.append(candidate)
         if len(found) > _MOST_CANDIDATES:
             step = (len(found) - 1) / (_MOST_CANDIDATES - 1)
             found = [found[round(index * step)] for index in range(_MOST_CANDIDATES)]
