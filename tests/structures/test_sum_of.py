@@ -135,7 +135,7 @@ def test_a_nested_sum_is_saved_and_loaded_bitwise(tmp_path) -> None:
 def test_candidates_are_few_pairs_of_different_families() -> None:
     inner = [LowRank(rank) for rank in (1, 2, 3, 4)] + [Pruned(share / 100) for share in (1, 5, 10, 20)]
     found = list(SumOf.candidates((40, 48), inner))
-    assert 1 <= len(found) <= 12
+    assert 1 <= len(found) <= 6
     assert all({type(term) for term in one.terms} == {LowRank, Pruned} for one in found)
     assert list(SumOf.candidates((40, 48))) == []
 

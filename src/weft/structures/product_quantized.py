@@ -80,10 +80,13 @@ class ProductQuantized(Structure):
     @classmethod
     def candidates(cls, shape: Shape, inner: Iterable[Structure] = ()) -> Iterator[Self]:
         outputs, inputs = matrix_shape(shape)
+        # Half a bit, one and two bits per entry; small codebooks where larger ones would save nothing.
+        ladder = [(16, 256), (8, 256), (4, 256), (2, 16)]
+        if 4 * 4 * 256 > outputs * inputs:
+            ladder = [(8, 16), (4, 16), (2, 16), (1, 16)]
         found = [
             cls(inputs // width, codewords)
-            for width, codewords in ((16, 256), (8, 256), (4, 256), (4, 16), (2, 256), (2, 16), (1, 16))
-            # A codebook that is not much smaller than what it stands for saves nothing.
+            for width, codewords in ladder
             if inputs % width == 0 and 4 * codewords * width <= outputs * inputs
         ]
         yield from sorted(found, key=lambda one: (one.parameter_count(shape), one.subspaces))
@@ -224,9 +227,12 @@ class ProductQuantizedMatrix(StructuredMatrix):
         # Half precisions are summed in single precision.
         dtype = x.dtype if x.dtype in {torch.float32, torch.float64} else torch.float32
         pieces = x.reshape(-1, self.subspaces, self.inputs // self.subspaces).to(dtype)
-        codebooks = self.codebooks.to(dtype)[self._books()]
-        table = torch.einsum("bsw,skw->skb", pieces, codebooks).flatten(0, 1)
-        y = _sum_entries(table, self._places()).T
+        codebooks = self.codebooks.to(dtype)
+        if codebooks.shape[0] == 1:
+            table = F.linear(pieces, codebooks[0])
+        else:
+            table = torch.einsum("bsw,skw->bsk", pieces, codebooks[self._books()])
+        y = _sum_entries(table.flatten(1).T, self.derived("places", self._places)).T
         if self.scales is not None:
             y = y * self.scales.to(dtype)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
@@ -237,7 +243,7 @@ class ProductQuantizedMatrix(StructuredMatrix):
     def _places(self) -> Tensor:
         """Where in the table of (subspaces · codewords) rows every code's entry stands."""
         codes = _unpack(self.codes, self.subspaces, self.codewords)
-        return codes + self.codewords * torch.arange(self.subspaces, device=codes.device)
+        return (codes + self.codewords * torch.arange(self.subspaces, device=codes.device)).to(torch.int32)
 
     def to_dense(self) -> Tensor:
         return self.rows(torch.arange(self.outputs, device=self.codes.device)).reshape(self.shape)
@@ -286,5 +292,5 @@ class ProductQuantizedMatrix(StructuredMatrix):
 def _sum_entries(table: Tensor, places: Tensor) -> Tensor:
     """Adds up the rows of a table by output: (entries, batch), (outputs, n) -> (outputs, batch)."""
     if needs_plain_operations():
-        return table[places].sum(1)
+        return table[places.to(torch.int64)].sum(1)
     return F.embedding_bag(places, table, mode="sum")

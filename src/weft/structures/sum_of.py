@@ -30,7 +30,7 @@ from weft.structures.base import (
 _ROUNDS = 8
 _TOLERANCE = 2e-3  # relative gain in the squared error below which rounds end
 _MEMORY = 3  # rounds that an extrapolation looks back on
-_MOST_CANDIDATES = 12
+_MOST_CANDIDATES = 6
 
 
 @dataclass(frozen=True)
