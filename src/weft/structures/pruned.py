@@ -174,9 +174,8 @@ class Pruned(Structure):
 
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int:
         if self.pattern == "rows" and self.of == Dense() and geometry is not None and geometry.groups == 1:
-            return self.parameter_count(shape) * geometry.positions(
-                shape[2:]
-            )  # a convolution of fewer filters
+            # It runs as a convolution of fewer filters.
+            return self.parameter_count(shape) * geometry.positions(shape[2:])
         return matrix_multiply_adds(self.parameter_count(shape), shape, geometry)
 
     def check(self, shape: Shape) -> None:
