@@ -30,6 +30,7 @@ from weft.measure import (
     layer_rows,
     logits_of,
     network_cost,
+    peak_activations,
     repeat_to,
     threads,
     time_alternating,
@@ -39,6 +40,7 @@ from weft.report.report import Report
 from weft.structures.base import Cost, Geometry
 from weft.structures.low_rank import LowRank
 from weft.structures.pruned import Pruned
+from weft.structures.sparse_product import SparseProduct
 
 
 class Argmax(nn.Module):
@@ -446,6 +448,31 @@ def test_data_that_cannot_be_measured_are_refused(
         weft.measure(pair[1], against=pair[0], data=data, seconds=0.01)
 
 
+def test_peak_activations_are_the_hand_count() -> None:
+    x = torch.zeros(4, 8)
+    wide = nn.Sequential(nn.Linear(8, 100), nn.ReLU(), nn.Linear(100, 2))
+    assert peak_activations(wide, x) == 2 * 400  # what the ReLU takes and what it gives
+    wide[1] = nn.ReLU(inplace=True)
+    assert peak_activations(wide, x) == 400 + 8
+    assert peak_activations(wide, x[:1]) == 400 + 8
+
+
+def test_a_convolution_by_its_dense_kernel_says_what_it_keeps(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 3))
+    small, log = weft.compress(model, {"0": SparseProduct(1, 2, "random"), "2": LowRank(1)})
+    data = [(torch.randn(5, 4, 8, 8), torch.zeros(5, dtype=torch.long))]
+    report = weft.measure(small, against=model, data=data, batches=(1,), thread_counts=(1,), seconds=0.01)
+    assert [row.only_storage_shrinks for row in report.layers] == [True, False]
+    assert [entry["only_storage_shrinks"] for entry in log] == [True, False]
+    unpacked = sum(buffer.nbytes for buffer in set(small.buffers()) - set(small.state_dict().values()))
+    assert report.footprint.memory == report.footprint.stored + unpacked + 8 * 36 * 4  # with the kept kernel
+    assert report.activations >= 8 * 36 * 4
+    assert "peak activations" in str(report)
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    page = report.write_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("only storage shrinks") == 1
+
+
 def test_the_report_shows_itself_as_text_table_json_and_page(
     pair: tuple[nn.Module, nn.Module], tmp_path: Path
 ) -> None:
@@ -461,10 +488,11 @@ def test_the_report_shows_itself_as_text_table_json_and_page(
         "bytes, entropy bound",
         "bytes in memory",
         "multiply-adds",
+        "peak activations, bytes",
         "latency, batch 1, 1 thread",
     ]
     assert f"{report.dense_cost.parameters:,}" in lines[2]
-    assert report.table().row_count == 7
+    assert report.table().row_count == 8
     data = json.loads(json.dumps(report.to_json()))
     assert Report.from_json(data) == report
     page = report.write_html(tmp_path / "report.html", title="A title", command="weft report").read_text()

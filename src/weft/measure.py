@@ -1,11 +1,14 @@
 """Measuring a network: its metric, its cost, its latency; dense and compressed side by side."""
 
+import gc
 import importlib.metadata
 import inspect
+import itertools
 import math
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -443,6 +446,71 @@ def slow_attention_path() -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def peak_activations(model: nn.Module, batch: Batch) -> int:
+    """Measures the memory that one call in evaluation takes for a while, by torch's own allocator.
+
+    Args:
+        model: the network.
+        batch: its inputs.
+
+    Returns:
+        Bytes per sample: the largest sum of all that the call had allocated and not yet freed, its result
+        included, its input not. What native code holds for itself is not seen.
+
+    Examples:
+        >>> peak_activations(nn.Sequential(nn.Linear(8, 100), nn.ReLU(), nn.Linear(100, 2)), torch.zeros(4, 8))
+        800
+    """
+    device = device_of(model)
+    given = to_device(batch, device)
+    with evaluating(model), torch.inference_mode():
+        call(model, given)  # what is kept between calls is formed now
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            call(model, given)
+            peak = torch.cuda.max_memory_allocated(device) - before
+        else:
+            peak = _traced_peak(lambda: call(model, given))
+    return math.ceil(peak / max(1, batch_size(batch)))
+
+
+def _traced_peak(run: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator on the CPU held at once for a call."""
+    profiler = torch.autograd.profiler.profile(profile_memory=True)
+    with _quiet():
+        profiler.__enter__()
+    try:
+        result = run()
+    finally:
+        with _quiet():
+            profiler.__exit__(None, None, None)
+    del result
+    recorded: Any = profiler.kineto_results
+    events = [event for event in recorded.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes), default=0)
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Silences what libraries write to standard error, as the profiler does when it starts and ends."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123  (a device)
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Latency
 
 
@@ -656,6 +724,8 @@ class LayerRow:
         dense: the dense weight's cost.
         cost: the structured one's.
         picture: its blocks as JSON-ready rectangles.
+        only_storage_shrinks: whether it takes the dense layer's multiply-adds or more, as a convolution that
+            runs by its dense kernel does.
     """
 
     name: str
@@ -664,6 +734,7 @@ class LayerRow:
     dense: Cost
     cost: Cost
     picture: list[dict[str, Any]]
+    only_storage_shrinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -681,6 +752,9 @@ class Measurement:
         environment: machine and versions.
         dense_footprint: the dense network's bytes; None in measurements from before they were counted.
         footprint: the compressed one's.
+        dense_activations: bytes per sample that a call of the dense network holds at most at once; None in
+            measurements from before they were measured.
+        activations: the compressed one's.
     """
 
     metric: str
@@ -693,6 +767,8 @@ class Measurement:
     environment: dict[str, Any]
     dense_footprint: Footprint | None = None
     footprint: Footprint | None = None
+    dense_activations: int | None = None
+    activations: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The measurement as JSON-ready data.
@@ -720,6 +796,8 @@ def layer_rows(model: nn.Module) -> list[LayerRow]:
         width = next((tensor.element_size() for tensor in matrix.parameters()), 4)
         dense = Cost(count, count * width, count)
         picture = [asdict(block) for block in matrix.picture()]
-        cost = matrix.cost(geometry_of_layer(module))  # without an input size: per output position
-        rows.append(LayerRow(name, str(matrix.structure), matrix.shape, dense, cost, picture))
+        geometry = geometry_of_layer(module)
+        cost = matrix.cost(geometry)  # without an input size: per output position
+        only_storage = matrix.only_storage_shrinks(geometry)
+        rows.append(LayerRow(name, str(matrix.structure), matrix.shape, dense, cost, picture, only_storage))
     return rows

@@ -161,6 +161,7 @@ def _layers(entries: Iterable[Mapping[str, Any]], log: Iterable[Mapping[str, Any
         layers.append({
             "name": entry["name"] or "(the network itself)",
             "structure": entry["structure"],
+            "note": "only storage shrinks" if entry.get("only_storage_shrinks") else "",
             "shape": " × ".join(map(str, entry["shape"])),
             "entries": math.prod(entry["shape"]),
             "costs": [

@@ -26,6 +26,7 @@ from weft.measure import (
     latencies,
     layer_rows,
     network_cost,
+    peak_activations,
 )
 from weft.report.page import render_page
 from weft.storage import read_json, write_text
@@ -63,6 +64,8 @@ class Report(Measurement):
                 _counts("bytes, entropy bound", was.entropy_bound, now.entropy_bound),
                 _counts("bytes in memory", was.memory, now.memory),
             ]
+        if self.dense_activations is not None and self.activations is not None:
+            rows.append(_counts("peak activations, bytes", self.dense_activations, self.activations))
         for latency in self.latencies:
             threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
             rows.append((
@@ -254,6 +257,8 @@ def measure(
         ),
         layers=layer_rows(small),
         environment=environment(),
+        dense_activations=peak_activations(against, sample),
+        activations=peak_activations(small, sample),
     )
     # After the timings, when everything that a call unpacks and keeps is there.
     return replace(report, dense_footprint=footprint(against), footprint=footprint(small))

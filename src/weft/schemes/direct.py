@@ -137,6 +137,7 @@ def _replace(
         "bytes": cost.bytes,
         "multiply_adds": cost.multiply_adds,
         "error": error,
+        "only_storage_shrinks": matrix.only_storage_shrinks(layer.geometry),
         "seconds": time.perf_counter() - start,
     }
 

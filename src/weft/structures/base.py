@@ -635,6 +635,8 @@ class StructuredMatrix(nn.Module, ABC):
         Returns:
             What `make` returns.
         """
+        if self.training:
+            self._derived.clear()
         if self.training or not in_plain_eager():
             return make()
         tensors = self._all_tensors()
@@ -719,6 +721,18 @@ class StructuredMatrix(nn.Module, ABC):
             getattr(self, name) if tensor is None else tensor
             for name, tensor in zip(names, found, strict=True)
         ]
+
+    def only_storage_shrinks(self, geometry: Geometry | None) -> bool:
+        """Whether the member costs as many multiply-adds as the dense weight, or more.
+
+        Args:
+            geometry: the convolution's, or None.
+
+        Returns:
+            True for a convolution that runs by its dense kernel.
+        """
+        dense = math.prod(self.shape) * (1 if geometry is None else geometry.positions(self.shape[2:]))
+        return self.multiply_adds(geometry) >= dense
 
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors by name, detached; nested members have dotted names."""
