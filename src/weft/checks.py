@@ -148,6 +148,9 @@ def finite(argument: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(fault(argument, "a floating-point tensor", got, "convert it, e.g. with .float()"))
+    # A sum is as finite as its terms, or overflows, and takes a twentieth of the time of looking at each.
+    if math.isfinite(float(tensor.detach().sum())):
+        return
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
         got = f"{bad} NaN or infinite of {tensor.numel()}"

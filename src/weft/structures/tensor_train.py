@@ -59,8 +59,8 @@ MODES = {"skewed": skewed_modes, "balanced": balanced_modes}
 _WIDEST_WHITENED = 8192
 # A chain whose cost is nearer to the dense kernel's is no faster, for that is one larger product.
 _WORTHWHILE = 0.8
-# A fit in a weighted norm improves the cores by about so many multiply-adds at most.
-_WORK = 2e11
+# A fit in a weighted norm takes about so many multiply-adds at most, one sweep at least.
+_WORK = 3e11
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,13 @@ class TensorTrain(Structure):
     @classmethod
     def candidates(cls, shape: Shape, inner: Iterable[Structure] = ()) -> Iterator[Self]:
         dense = math.prod(shape)
-        for rank in ladder(1, max(bond_limits(cls(1).core_modes(shape)))):
-            if rank > 1 and cls(rank).parameter_count(shape) >= dense:
-                return
-            yield cls(rank)
+        found = []
+        for modes in MODES:  # balanced ones may fit better, skewed ones run faster
+            limit = max(bond_limits(cls(1, modes=modes).core_modes(shape)))
+            ladders = (cls(rank, modes=modes) for rank in ladder(1, limit, ratio=1.6))
+            counted = [(structure.parameter_count(shape), structure) for structure in ladders]
+            found += [pair for pair in counted if pair[0] < dense or pair[1].rank == 1]
+        yield from (structure for _, structure in sorted(found, key=lambda pair: pair[0]))
 
     def parameter_count(self, shape: Shape) -> int:
         return sum(math.prod(core) for core in self.core_shapes(shape))
@@ -236,7 +239,7 @@ class TensorTrain(Structure):
             own = [core.detach().to(weight) for core in start.train_cores()]
             if [tuple(core.shape) for core in own] == self.core_shapes(shape):
                 trains.append(own)
-        cores = min(trains, key=error)
+        cores = trains[0] if len(trains) == 1 else min(trains, key=error)
         if weighted or frame.padded or len(trains) > 1:
 
             def metric(residual: Tensor) -> Tensor:
@@ -246,10 +249,8 @@ class TensorTrain(Structure):
 
             dense_input = input_gram is not None and not isinstance(input_gram, DiagonalGram)
             once = padded.numel() * (matrix.shape[1] * dense_input + 4 * self.rank)
-            steps = 2 * len(cores) * 4
-            if once * steps <= 4 * _WORK:
-                improved = alternate(padded, cores, metric, sweeps=2, iterations=4)
-                cores = min((cores, improved), key=error)
+            sweeps = max(1, min(3, round(_WORK / (once * len(cores) * 6))))
+            cores = min((cores, alternate(padded, cores, metric, sweeps=sweeps, iterations=6)), key=error)
         return TensorTrainMatrix(self, shape, *_balanced(cores))
 
     def initialise(
@@ -283,24 +284,32 @@ class TensorTrain(Structure):
         inner: Iterable[Structure] = (),
     ) -> list[Candidate]:
         """Every rank from one TT-SVD, whose truncations leave out orthogonal parts; fits where weighted."""
+        checks.weight(weight)
         shape = tuple(weight.shape)
         structures = list(cls.candidates(shape, inner))
-        modes = structures[0].core_modes(shape)
-        frame = _Frame(shape, modes)
-        if input_gram is not None or output_gram is not None or frame.padded:
+        by_modes: dict[Modes, list[TensorTrain]] = {}
+        for structure in structures:
+            by_modes.setdefault(structure.core_modes(shape), []).append(structure)
+        if (
+            input_gram is not None
+            or output_gram is not None
+            or any(_Frame(shape, m).padded for m in by_modes)
+        ):
             return super().error_curve(
                 weight, input_gram=input_gram, output_gram=output_gram, geometry=geometry, inner=inner
             )
-        checks.weight(weight)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         matrix = weight.detach().to(dtype).flatten(1)
-        errors = truncation_errors(matrix, modes, [structure.rank for structure in structures])
         size = max(float(matrix.double().square().sum()), 1e-300)
+        errors: dict[TensorTrain, float] = {}
+        for modes, group in by_modes.items():
+            found = truncation_errors(matrix, modes, [structure.rank for structure in group])
+            errors |= dict(zip(group, found, strict=True))
         curve = []
-        for structure, error in zip(structures, errors, strict=True):
+        for structure in structures:
             count = structure.parameter_count(shape)
             cost = Cost(count, count * weight.element_size(), structure.multiply_adds(shape, geometry))
-            curve.append(Candidate(structure, cost, math.sqrt(error / size)))
+            curve.append(Candidate(structure, cost, math.sqrt(errors[structure] / size)))
         return curve
 
 
