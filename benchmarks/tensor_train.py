@@ -182,8 +182,8 @@ def convolutions() -> Rows:
                         "kept_bytes": memory.kept,
                     })
                     print(
-                        f"{channels} at {size}, {share:.0%}, threads {count}, {name}: {1e3 * timing.median:.1f} "
-                        f"ms, {rows[-1]['over_dense']:.2f} x dense, activations "
+                        f"{channels} at {size}, {share:.0%}, threads {count} {name} {1e3 * timing.median:.1f}"
+                        f" ms, {rows[-1]['over_dense']:.2f} x dense, activations "
                         f"{rows[-1]['activations_over_input']:.1f} x input, keeps {memory.kept} B"
                     )
     SHARE = 0.1
