@@ -25,7 +25,15 @@ import torch
 from torch import nn
 
 from weft.layers.replace import geometry_of_layer, replace_layer
-from weft.measure import environment, latencies, network_cost, peak_memory, threads, time_alternating
+from weft.measure import (
+    environment,
+    footprint,
+    latencies,
+    network_cost,
+    peak_activations,
+    threads,
+    time_alternating,
+)
 from weft.structures import families
 from weft.structures.base import Geometry, Structure, ladder, matrix_shape, runs_dense
 from weft.structures.sparse_product import SparseProduct
@@ -132,7 +140,8 @@ def whole() -> Rows:
                 small = replace_layer(small, [layer], structure.initialise(shape))
         small.eval()
         before, after = network_cost(dense, sample[:1]), network_cost(small, sample[:1])
-        memories = peak_memory(dense, sample), peak_memory(small, sample)
+        activations, dense_activations = peak_activations(small, sample), peak_activations(dense, sample)
+        held = footprint(small)
         for timed in latencies(dense, small, sample, batches=(1, 64), thread_counts=(1, 2), seconds=1.5):
             rows.append({
                 "family": name,
@@ -144,16 +153,16 @@ def whole() -> Rows:
                 "seconds": timed.compressed.median,
                 "over_dense": timed.compressed.median / timed.dense.median,
                 "pays": timed.compressed.median < timed.dense.median,
-                "activation_bytes_per_image": memories[1].activations,
-                "dense_activation_bytes_per_image": memories[0].activations,
-                "kept_bytes": memories[1].kept,
+                "activation_bytes_per_image": activations,
+                "dense_activation_bytes_per_image": dense_activations,
+                "kept_bytes": held.memory - held.stored,
             })
             row = rows[-1]
             print(
                 f"{name} batch {timed.batch} threads {timed.threads}: {row['over_dense']:.2f} x dense at "
                 f"{row['multiply_adds_over_dense']:.2f} of the multiply-adds, "
                 f"{row['parameters_over_dense']:.2f} of the parameters, "
-                f"{memories[1].activations} B per image (dense {memories[0].activations})",
+                f"{activations} B per image (dense {dense_activations})",
                 flush=True,
             )
     return rows

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.layers.replace import structured_layer
-from weft.measure import environment, peak_activations, threads, time_alternating
+from weft.measure import environment, footprint, peak_activations, threads, time_alternating
 from weft.structures.base import DenseGram, Geometry, relative_error
 from weft.structures.low_rank import LowRank
 from weft.structures.tensor_train import TensorTrain
@@ -66,6 +66,12 @@ def theirs(layer: nn.Linear, modes: int) -> nn.Module:
         factorization="blocktt",
         implementation="factorized",
     )
+
+
+def kept(module: nn.Module) -> int:
+    """Bytes in memory beside the stored tensors."""
+    held = footprint(module)
+    return held.memory - held.stored
 
 
 def linear() -> Rows:
@@ -131,12 +137,12 @@ def linear() -> Rows:
                         "method": name,
                         "seconds": timing.median,
                         "over_dense": timing.median / times["dense"].median,
-                        "activation_bytes_per_sample": memory.activations,
-                        "kept_bytes": memory.kept,
+                        "activation_bytes_per_sample": activations,
+                        "kept_bytes": kept(modules[name]),
                     })
                     print(
                         f"threads {count} batch {batch:3} {name:36} {1e3 * timing.median:7.3f} ms "
-                        f"{rows[-1]['over_dense']:5.2f} x dense, {memory.activations} B per sample"
+                        f"{rows[-1]['over_dense']:5.2f} x dense, {activations} B per sample"
                     )
     return rows
 
@@ -175,16 +181,16 @@ def convolutions() -> Rows:
                         / (dense.weight.numel() * size * size),
                         "seconds": timing.median,
                         "over_dense": timing.median / times["dense"].median,
-                        "activation_bytes_per_image": memory.activations,
-                        "activations_over_input": memory.activations / x[0].nbytes,
+                        "activation_bytes_per_image": activations,
+                        "activations_over_input": activations / x[0].nbytes,
                         # The hidden representation where one core is applied after the other.
                         "core_by_core_over_input": structure.rank if name == "tensor train" else None,
-                        "kept_bytes": memory.kept,
+                        "kept_bytes": kept(modules[name]),
                     })
                     print(
                         f"{channels} at {size}, {share:.0%}, threads {count} {name} {1e3 * timing.median:.1f}"
                         f" ms, {rows[-1]['over_dense']:.2f} x dense, activations "
-                        f"{rows[-1]['activations_over_input']:.1f} x input, keeps {memory.kept} B"
+                        f"{rows[-1]['activations_over_input']:.1f} x input, keeps {kept(modules[name])} B"
                     )
     SHARE = 0.1
     return rows + peers()

@@ -461,7 +461,8 @@ def peak_activations(model: nn.Module, batch: Batch) -> int:
         included, its input not. What native code holds for itself is not seen.
 
     Examples:
-        >>> peak_activations(nn.Sequential(nn.Linear(8, 100), nn.ReLU(), nn.Linear(100, 2)), torch.zeros(4, 8))
+        >>> model = nn.Sequential(nn.Linear(8, 100), nn.ReLU(), nn.Linear(100, 2))
+        >>> peak_activations(model, torch.zeros(4, 8))
         800
     """
     device = device_of(model)
