@@ -128,16 +128,16 @@ def test_a_compiler_sees_no_kept_kernel(member: SparseProductMatrix) -> None:
         torch.testing.assert_close(compiled(X), 2 * expected, rtol=1e-4, atol=1e-5)
 
 
-def test_few_multiply_adds_are_unfolded_in_pieces(
-    member: SparseProductMatrix, formed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_multiply_adds_are_unfolded_in_pieces(formed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "UNFOLDED_SHARE", 1.0)
+    member = SparseProduct(1, 4, "random").initialise((8, 4, 1, 1)).eval()
+    geometry = Geometry((1, 1), ((1, 1), (1, 1)), (1, 1))
     sizes = []
     own = F.unfold
     monkeypatch.setattr(F, "unfold", lambda x, *rest: (sizes.append(len(x)), own(x, *rest))[1])
-    monkeypatch.setattr(base, "PIECE", 2 * 36 * 30)
+    monkeypatch.setattr(base, "PIECE", 2 * 4 * 56)
     with torch.no_grad():
-        got = member.convolve(X, GEOMETRY)
+        got = member.convolve(X, geometry)
         assert sizes == [2, 1]
         assert not formed
         torch.testing.assert_close(got, F.conv2d(X, member.to_dense(), padding=1))
@@ -145,11 +145,13 @@ def test_few_multiply_adds_are_unfolded_in_pieces(
 
 def test_counts_say_which_route_runs(member: SparseProductMatrix) -> None:
     dense = 8 * 4 * 9 * 30
-    few, many = 10, 200
-    assert runs_dense(many, SHAPE, GEOMETRY)
-    assert not runs_dense(few, SHAPE, GEOMETRY)
-    assert matrix_multiply_adds(many, SHAPE, GEOMETRY) == dense
-    assert matrix_multiply_adds(few, SHAPE, GEOMETRY) == few * 30
+    few, many, point = 3, 20, (8, 4, 1, 1)
+    assert runs_dense(few, SHAPE, GEOMETRY)
+    assert matrix_multiply_adds(few, SHAPE, GEOMETRY) == dense
+    assert runs_dense(many, point, GEOMETRY)
+    assert not runs_dense(few, point, GEOMETRY)
+    assert matrix_multiply_adds(many, point, GEOMETRY) == 8 * 4 * 8 * 7  # with padding, more positions
+    assert matrix_multiply_adds(few, point, GEOMETRY) == few * 8 * 7
     grouped = Geometry((1, 1), ((1, 1), (1, 1)), (1, 1), groups=2, input_size=(6, 5))
     assert matrix_multiply_adds(few, SHAPE, grouped) == dense  # a grouped one is not unfolded
     assert member.multiply_adds(GEOMETRY) == dense

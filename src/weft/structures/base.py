@@ -458,7 +458,8 @@ class _Built(nn.Module):
 
 # Numbers of unfolded patches at a time.
 PIECE = 2**23
-# A member is unfolded where its multiply-adds are at most this share of the dense kernel's.
+# A member whose kernel is one point is unfolded where its multiply-adds are at most this share of the dense
+# kernel's.
 UNFOLDED_SHARE = 0.1
 
 
@@ -479,7 +480,8 @@ def runs_dense(multiply_adds: int, shape: Shape, geometry: Geometry) -> bool:
     """Whether a family that knows only matrices runs a convolution by the dense kernel, formed once.
 
     Then nothing but storage shrinks. Unfolding writes every input as often as the kernel covers it, and turns
-    the product into images again, which only much fewer multiply-adds make up for. The benchmark
+    the product into images again. For larger kernels that takes longer than the dense convolution, however
+    few the multiply-adds; for a kernel of one point it can be worth it. The benchmark
     `convolution_latency.py` measures both routes.
 
     Args:
@@ -491,7 +493,9 @@ def runs_dense(multiply_adds: int, shape: Shape, geometry: Geometry) -> bool:
         True where the dense kernel is faster or unfolding impossible.
     """
     outputs, inputs = matrix_shape(shape)
-    return not can_unfold(shape, geometry) or multiply_adds > UNFOLDED_SHARE * outputs * inputs
+    if math.prod(shape[2:]) > 1 or not can_unfold(shape, geometry):
+        return True
+    return multiply_adds > UNFOLDED_SHARE * outputs * inputs
 
 
 def matrix_multiply_adds(multiply_adds: int, shape: Shape, geometry: Geometry | None) -> int:
