@@ -28,13 +28,31 @@ def test_bytes_are_those_of_codes_codebooks_and_scales() -> None:
     member = ProductQuantized(16, 256).fit(drawn(100, 64))
     assert member.cost().bytes == 100 * 16 + 4 * (256 * 4) + 4 * 100
     assert member.cost().parameters == 100 * 64 + 256 * 4 + 100
-    assert member.cost().multiply_adds == 64 * 256 + 100 * 16 + 100
+    assert member.cost().multiply_adds == 100 * 64  # of the decoded weight, which runs
 
 
 def test_as_many_codewords_as_rows_store_the_weight_itself() -> None:
     weight = drawn(6, 8)
     member = ProductQuantized(4, 6, codebooks=4, scaled=False).fit(weight)
     torch.testing.assert_close(member.to_dense(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_product_is_that_of_the_published_table() -> None:
+    """y_i = scale_i Σ_s table[s, code(i, s)], the table being every codeword times every piece of x."""
+    member, x = ProductQuantized(16, 8).fit(drawn(100, 64)), drawn(5, 64, seed=1)
+    found = member.as_codes(x)
+    table = x.reshape(5, 16, 4) @ found.codebooks[0].T
+    sums = torch.stack([table[:, torch.arange(16), code].sum(1) for code in found.codes], dim=1)
+    torch.testing.assert_close(member(x), sums * found.scales, rtol=1e-4, atol=1e-5)
+
+
+def test_in_evaluation_the_weight_is_decoded_once_and_again_after_a_change() -> None:
+    member, x = ProductQuantized(16, 8).fit(drawn(100, 64)).eval(), drawn(5, 64, seed=1)
+    with torch.no_grad():
+        first = member(x)
+        assert member.derived_bytes() == 4 * 100 * 64
+        member.codebooks *= 2
+        torch.testing.assert_close(member(x), 2 * first)
 
 
 def test_two_byte_codes_apply() -> None:
