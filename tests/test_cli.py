@@ -123,6 +123,16 @@ def test_planning_takes_constraints_sensitivity_and_kept_curves(
     assert list((folder / "kept" / "latencies").iterdir())
 
 
+def test_a_survey_times_the_layers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert weft(monkeypatch, "survey models.py:network --data digits --samples 100 --times") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "quarter" in shown
+    assert "the network: 33,570 parameters" in shown
+    assert weft(monkeypatch, "survey models.py:network --times") == 2
+
+
 def test_a_share_of_the_accuracy_is_kept(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

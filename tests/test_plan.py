@@ -23,6 +23,7 @@ import weft
 from tests.examples import EXAMPLES, Example, each_example
 from weft.measure import network_cost
 from weft.plan import workers
+from weft.plan.advice import advise
 from weft.plan.allocate import allocate
 from weft.plan.budget import Budget
 from weft.plan.constraints import Constraints
@@ -311,6 +312,24 @@ def test_times_are_measured_once_per_machine(
     assert again.seconds(layer, LowRank(2)) == table.seconds(layer, LowRank(2)) > 0
     with pytest.raises(TypeError):
         again.seconds(layer, LowRank(3))
+
+
+def test_advice_names_the_fastest_quarter_or_why_to_leave_a_layer_dense(
+    surveyed: tuple[nn.Sequential, Survey],
+) -> None:
+    model, survey = surveyed
+    table = LatencyTable(model, survey, batches()[0])
+    for name, layer in survey.layers.items():
+        table._known[table._key(layer, Dense())] = 1e-3  # noqa: SLF001
+        for structure in LowRank.candidates(layer.shape):
+            seconds = 5e-4 if name == "6" else 2e-3
+            table._known[table._key(layer, structure)] = seconds  # noqa: SLF001
+    found = advise(table, survey, [LowRank, Dense])
+    assert found["6"].reason is None
+    assert found["6"].structure == LowRank(3)  # 3 * (48 + 20) of 960 / 4
+    assert "takes 2.000 ms, the dense layer 1.000 ms" in (found["3"].reason or "")
+    assert found["8"].structure == LowRank(1)
+    assert advise(table, survey, [Dense])["8"].reason == "no family has a structure of 25% of its parameters"
 
 
 def test_latency_needs_times_and_times_need_data(surveyed: tuple[nn.Sequential, Survey]) -> None:

@@ -20,6 +20,7 @@ from weft.export.onnx import check_onnx, export_onnx
 from weft.export.torch_export import export_torch
 from weft.kernels import route
 from weft.measure import accuracy, environment, latencies
+from weft.plan.advice import Advice, advise
 from weft.plan.allocate import METHODS, allocate
 from weft.plan.budget import Budget
 from weft.plan.constraints import Constraints
@@ -142,11 +143,27 @@ def survey_command(
     fisher: Annotated[
         bool, typer.Option("--fisher", help="Also measure how much each output matters to the network.")
     ] = False,
+    times: Annotated[
+        bool,
+        typer.Option(
+            "--times", help="Also time every layer, and structures of a quarter of its size; needs --data."
+        ),
+    ] = False,
+    latency_batch: LatencyBatch = 1,
+    cache: Cache = None,
 ) -> None:
     """Lists a network's layers with their costs, and measures what flows through them."""
     network = load_model(model, weights)
-    found = _survey(network, _load_data(data), samples, batch_size, fisher)
-    _print_survey(found)
+    loaded = _load_data(data)
+    if times and loaded is None:
+        raise ValueError(checks.fault("--data", "given with --times", "none", "add --data"))
+    found = _survey(network, loaded, samples, batch_size, fisher)
+    advice = table = None
+    if times and loaded is not None:
+        folder = default_folder() if cache is None else cache
+        table = LatencyTable(network, found, loaded.sample_input, batch=latency_batch, cache=folder)
+        advice = advise(table, found, select("all"))
+    _print_survey(found, advice, None if table is None else table.dense_seconds)
     found.save(output, source=model, weights=_text(weights))
     console.print(f"wrote {output}")
 
@@ -650,12 +667,13 @@ def _text(path: Path | None) -> str:
     return "" if path is None else str(path)
 
 
-def _print_survey(found: Survey) -> None:
+def _print_survey(found: Survey, advice: dict[str, Advice] | None, dense_seconds: float | None) -> None:
     table = Table(
         title=f"{len(found.layers)} weights can be replaced", title_justify="left", padding=(0, 0, 0, 1)
     )
     table.add_column("layer", overflow="fold")
-    for heading in ("shape", "parameters", "of bytes", "multiply-adds", "of all"):
+    timed = ("ms", "of time", "at a quarter") if advice and dense_seconds else ()
+    for heading in ("shape", "parameters", "of bytes", "multiply-adds", "of all", *timed):
         table.add_column(heading, justify="right")
     total = found.total
     for layer in found.layers.values():
@@ -667,12 +685,22 @@ def _print_survey(found: Survey) -> None:
             f"{cost.bytes / total.bytes:.1%}",
             f"{cost.multiply_adds:,}" if found.samples else "-",
             f"{cost.multiply_adds / total.multiply_adds:.1%}" if total.multiply_adds else "-",
+            *(_times(advice[layer.name], dense_seconds) if advice and dense_seconds else ()),
         )
     console.print(table)
+    for name, hint in (advice or {}).items():
+        if hint.reason is not None:
+            console.print(f"{name}: where time counts leave dense, because {hint.reason}", highlight=False)
     adds = f", {total.multiply_adds:,} multiply-adds per sample" if total.multiply_adds else ""
     console.print(f"the network: {total.parameters:,} parameters, {total.bytes:,} bytes{adds}")
     for name, reason in found.left_dense.items():
         console.print(f"{name} left dense, because {reason}", highlight=False)
+
+
+def _times(advice: Advice, dense_seconds: float) -> tuple[str, str, str]:
+    """A layer's time, its share of the network's, and the time ratio of the fastest quarter."""
+    fastest = "-" if advice.seconds is None else f"{advice.seconds / advice.dense_seconds:.2f}x"
+    return f"{advice.dense_seconds * 1e3:.3f}", f"{advice.dense_seconds / dense_seconds:.1%}", fastest
 
 
 def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = None) -> None:
