@@ -12,7 +12,6 @@ phase do not depend on each other.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -83,11 +82,15 @@ class Program:
 
     inputs: int
     outputs: int
-    sizes: tuple[int, ...]
+    sizes: list[int]
     code: Tensor
 
 
 _HEAD = 6
+# Bound once, as looking names up costs more than calling them.
+_native_apply = None if dispatch.native is None else dispatch.native.block_sequence_apply
+_get_num_threads = torch.get_num_threads
+_is_compiling = torch.compiler.is_compiling
 
 
 def write_program(
@@ -153,7 +156,7 @@ def write_program(
             raise ValueError(f"an order must hold {own} indices below {other}, got {tuple(order.shape)}")
         parts[0][slot] = sum(part.numel() for part in parts)
         parts.append(order.to("cpu", torch.int64))
-    return Program(inputs, outputs, tuple(sizes), torch.cat(parts))
+    return Program(inputs, outputs, list(sizes), torch.cat(parts))
 
 
 Composed = Callable[[Tensor, Tensor | None], Tensor]
@@ -175,23 +178,24 @@ def block_sequence_apply(
     Returns:
         The products, shape (*batch, outputs).
     """
-    if dispatch.takes_raw_pointers(x, bias, *matrices):
-        if _fits(x, matrices, program, bias):
-            return _apply_in_memory(x, matrices, program, bias)
-    elif dispatch.calls_operation(x) and _operation_serves(x, matrices, bias):
+    if not _is_compiling():
+        y = _apply_in_memory(x, matrices, program, bias)
+        return composed(x, bias) if y is None else y
+    if dispatch.calls_operation(x) and _operation_serves(x, matrices, bias):
         return _operation(x, list(matrices), program.code, bias, program.outputs)
     return composed(x, bias)
 
 
-def _fits(x: Tensor, matrices: Sequence[Tensor], program: Program, bias: Tensor | None) -> bool:
-    """Whether the arrays have the sizes that the program reads; what has not raises in the composition."""
-    shape = x.shape
-    if not shape or shape[-1] != program.inputs:
-        return False
-    for matrix, size in zip(matrices, program.sizes, strict=True):
-        if matrix.numel() != size:
-            return False
-    return bias is None or bias.shape == (program.outputs,)
+def _apply_in_memory(
+    x: Tensor, matrices: Sequence[Tensor], program: Program, bias: Tensor | None
+) -> Tensor | None:
+    """The product by the native code, None where the guard or the sizes forbid it."""
+    # What does not fit together raises in the composition.
+    if _native_apply is None:
+        return None
+    return _native_apply(
+        x, bias, matrices, program.sizes, program.code, program.inputs, program.outputs, _get_num_threads()
+    )
 
 
 def _operation_serves(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> bool:
@@ -204,22 +208,6 @@ def _operation_serves(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None
         and all(tensor.dtype == torch.float32 for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     )
-
-
-def _apply_in_memory(x: Tensor, matrices: Sequence[Tensor], program: Program, bias: Tensor | None) -> Tensor:
-    """The product of tensors that passed the guard and fit the program, by the native code."""
-    shape = x.shape
-    out = x.new_empty((*shape[:-1], program.outputs))
-    dispatch.native.block_sequence_apply(
-        program.code.data_ptr(),
-        [matrix.data_ptr() for matrix in matrices],
-        x.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        math.prod(shape[:-1]),
-        torch.get_num_threads(),
-    )
-    return out
 
 
 # The same program in PyTorch's operations: the operation's fallback and backward, and the tests' oracle.
@@ -346,11 +334,10 @@ _operation = torch.ops.weft.block_sequence_apply.default
 def _on_host(
     x: Tensor, matrices: Sequence[Tensor], code: Tensor, bias: Tensor | None, outputs: int
 ) -> Tensor:
-    program = Program(x.shape[-1] if x.ndim else 0, outputs, tuple(map(torch.numel, matrices)), code)
-    # The operation is not called but by block_sequence_apply, with a program's own code.
-    if dispatch.takes_raw_pointers(x, bias, *matrices) and _fits(x, matrices, program, bias):
-        return _apply_in_memory(x, matrices, program, bias)
-    return reference(x, matrices, code, bias)
+    # Only block_sequence_apply calls the operation, with a program's own code.
+    program = Program(int(code[0]), outputs, [matrix.numel() for matrix in matrices], code)
+    y = _apply_in_memory(x, matrices, program, bias)
+    return reference(x, matrices, code, bias) if y is None else y
 
 
 _library.impl("block_sequence_apply", _on_host, "CompositeExplicitAutograd")

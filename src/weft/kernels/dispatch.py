@@ -69,7 +69,18 @@ _functorch_level = peek_interpreter_stack
 _intercepted = torch._C._has_torch_function_variadic  # by a tensor subclass or by a function mode
 _is_grad_enabled = torch.is_grad_enabled
 _tracing_state = torch._C._get_tracing_state
-_float32 = torch.float32
+if native is not None:
+    native.know_torch(
+        Tensor,
+        Parameter,
+        torch.float32,
+        _is_grad_enabled,
+        _intercepted,
+        (_dispatch_modes, _functorch_level, _tracing_state, _any_autocast),
+        (0, None, None, False),
+        forward_ad,
+    )
+_native_guard = None if native is None else native.takes_raw_pointers
 
 
 def _traced_or_transformed() -> bool:
@@ -135,23 +146,7 @@ def takes_raw_pointers(*tensors: Tensor | None) -> bool:
     Returns:
         True where the addresses of the tensors may be handed over.
     """
-    if native is None or _is_compiling() or _intercepted(*tensors) or _outside_plain_eager():
-        return False
-    recording = _is_grad_enabled()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        kind = type(tensor)
-        if (
-            (kind is not Tensor and kind is not Parameter)  # a subclass may keep its values elsewhere
-            or tensor.dtype is not _float32
-            or not tensor.is_cpu
-            or not tensor.is_contiguous()
-            or tensor.is_neg()  # a lazy sign, which the memory does not show
-            or (recording and tensor.requires_grad)
-        ):
-            return False
-    return True
+    return _native_guard is not None and not _is_compiling() and _native_guard(*tensors)
 
 
 def holds_bytes(tensor: Tensor) -> bool:

@@ -1,7 +1,5 @@
 """A matrix of low rank, L R, applied to a batch of vectors: y = (x Rᵀ) Lᵀ + b."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -12,6 +10,10 @@ __all__ = ["low_rank_apply"]
 
 # The largest batch for the native product: beyond it two calls of the vendor's product measure faster.
 _LARGEST_NATIVE_BATCH = 16
+# Bound once, as looking names up costs more than calling them.
+_native_apply = None if dispatch.native is None else dispatch.native.low_rank_apply
+_get_num_threads = torch.get_num_threads
+_is_compiling = torch.compiler.is_compiling
 
 
 def low_rank_apply(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,8 +33,9 @@ def low_rank_apply(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None =
         >>> low_rank_apply(x, left, right).shape
         torch.Size([5, 4])
     """
-    if dispatch.takes_raw_pointers(x, left, right, bias):
-        return _apply_in_memory(x, left, right, bias)
+    if not _is_compiling():
+        y = _apply_in_memory(x, left, right, bias)
+        return reference(x, left, right, bias) if y is None else y
     if dispatch.calls_operation(x):
         return _operation(x, left, right, bias)
     return reference(x, left, right, bias)
@@ -43,30 +46,12 @@ def reference(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None
     return functional.linear(functional.linear(x, right), left, bias)
 
 
-def _apply_in_memory(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of tensors that passed the guard, by the native code where that can do it and pays."""
-    # Shapes that do not fit together go to the reference too, which raises PyTorch's own error.
-    *batch_shape, inputs = x.shape or (0,)
-    batch = math.prod(batch_shape)
-    if not 0 < batch <= _LARGEST_NATIVE_BATCH or left.ndim != 2 or right.ndim != 2:
-        return reference(x, left, right, bias)
-    outputs, rank = left.shape
-    if right.shape != (rank, inputs) or (bias is not None and bias.shape != (outputs,)):
-        return reference(x, left, right, bias)
-    out = x.new_empty(*batch_shape, outputs)
-    dispatch.native.low_rank_apply(
-        x.data_ptr(),
-        left.data_ptr(),
-        right.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        batch,
-        inputs,
-        rank,
-        outputs,
-        torch.get_num_threads(),
-    )
-    return out
+def _apply_in_memory(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The product by the native code; None where the guard forbids it or it does not pay."""
+    # Also where shapes do not fit together: the reference then raises PyTorch's own error.
+    if _native_apply is None:
+        return None
+    return _native_apply(x, left, right, bias, _LARGEST_NATIVE_BATCH, _get_num_threads())
 
 
 # The operation that compiled graphs hold. Its backward is made of differentiable operations.
@@ -81,9 +66,8 @@ _library.impl("low_rank_apply", reference, "CompositeExplicitAutograd")
 
 
 def _on_host(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    if dispatch.takes_raw_pointers(x, left, right, bias):
-        return _apply_in_memory(x, left, right, bias)
-    return reference(x, left, right, bias)
+    y = _apply_in_memory(x, left, right, bias)
+    return reference(x, left, right, bias) if y is None else y
 
 
 _library.impl("low_rank_apply", _on_host, "CPU")

@@ -720,11 +720,10 @@ class StructuredMatrix(nn.Module, ABC):
         # nn.Module looks its tensors up only after all else failed, which costs as much as a small product;
         # what a parametrisation replaced is still found that way.
         parameters = self._parameters
-        found = [parameters.get(name) for name in names]
-        return [
-            getattr(self, name) if tensor is None else tensor
-            for name, tensor in zip(names, found, strict=True)
-        ]
+        try:
+            return [parameters[name] for name in names]  # type: ignore[misc]
+        except KeyError:
+            return [getattr(self, name) for name in names]
 
     def only_storage_shrinks(self, geometry: Geometry | None) -> bool:
         """Whether the member costs as many multiply-adds as the dense weight, or more.

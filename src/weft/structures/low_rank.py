@@ -184,7 +184,8 @@ class LowRankMatrix(StructuredMatrix):
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
         checks.last_dimension(x, self.inputs)
-        return low_rank_apply(x, self.left, self.right.flatten(1), bias)
+        left, right = self.in_place(("left", "right"))
+        return low_rank_apply(x, left, right if right.ndim == 2 else right.flatten(1), bias)
 
     def convolve(self, x: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
         groups, space = geometry.groups, len(self.shape) - 2
