@@ -83,8 +83,6 @@ void group_sums(const Number *x, std::int64_t x_stride, std::int64_t batch, std:
 
 }  // namespace
 
-bool quantized_takes_group(std::int64_t group, std::int64_t inputs) { return group == inputs || group % 8 == 0; }
-
 void quantized_float(const QuantizedProduct &p, int threads) {
     const QuantizedLeaf &leaf = quantized_leaf();
     const QuantizedMatrix &m = p.matrix;
@@ -120,32 +118,39 @@ void quantized_float(const QuantizedProduct &p, int threads) {
                [&](std::int64_t begin, std::int64_t end) { leaf.float_rows(rows, begin, end); });
 }
 
+// Vectors per pass over the codes: their whole numbers stay in the cache, and scratch memory stays small.
+constexpr std::int64_t slice = 128;
+
 void quantized_int8(const QuantizedProduct &p, int threads) {
     const QuantizedLeaf &leaf = quantized_leaf();
     const QuantizedMatrix &m = p.matrix;
     Scratch &memory = scratch();
     const std::int64_t padded = rounded_up(m.inputs, integer_padding), groups = m.inputs / m.group;
+    const std::int64_t most = std::min(slice, p.batch);
 
     // Enough for the wider of the leaves' two integer types.
-    std::int16_t *whole = at_least(memory.whole, p.batch * padded);
-    float *widths = at_least(memory.widths, p.batch);
-    float *sums = at_least(memory.sums, p.batch * groups);
-    for (std::int64_t b = 0; b < p.batch; ++b) {
-        char *to = reinterpret_cast<char *>(whole) + b * padded * leaf.integer_bytes;
-        widths[b] = leaf.round_vector(p.x + b * m.inputs, m.inputs, to);
-        std::fill(to + m.inputs * leaf.integer_bytes, to + padded * leaf.integer_bytes, char{0});
-    }
-    if (leaf.integer_bytes == 1)
-        group_sums(reinterpret_cast<const std::int8_t *>(whole), padded, p.batch, groups, m.group, sums);
-    else
-        group_sums(whole, padded, p.batch, groups, m.group, sums);
+    std::int16_t *whole = at_least(memory.whole, most * padded);
+    float *widths = at_least(memory.widths, most);
+    float *sums = at_least(memory.sums, most * groups);
     if (groups > 1) lane_groups(m.inputs, m.group, leaf.lanes, leaf.integer_step / leaf.lanes, memory);
-    const IntegerRows rows = {m.codes, row_bytes(m), whole,    padded,    widths, m.scales,
-                              m.zeros, sums,         memory.first.data(), memory.within.data(),
-                              m.group, p.bias,       p.out,    p.batch,   m.inputs, m.outputs,
-                              groups,  m.bits};
-    share_rows(m.outputs, p.batch * m.inputs * m.outputs, threads,
-               [&](std::int64_t begin, std::int64_t end) { leaf.integer_rows(rows, begin, end); });
+    for (std::int64_t first = 0; first < p.batch; first += slice) {
+        const std::int64_t batch = std::min(slice, p.batch - first);
+        for (std::int64_t b = 0; b < batch; ++b) {
+            char *to = reinterpret_cast<char *>(whole) + b * padded * leaf.integer_bytes;
+            widths[b] = leaf.round_vector(p.x + (first + b) * m.inputs, m.inputs, to);
+            std::fill(to + m.inputs * leaf.integer_bytes, to + padded * leaf.integer_bytes, char{0});
+        }
+        if (leaf.integer_bytes == 1)
+            group_sums(reinterpret_cast<const std::int8_t *>(whole), padded, batch, groups, m.group, sums);
+        else
+            group_sums(whole, padded, batch, groups, m.group, sums);
+        const IntegerRows rows = {m.codes, row_bytes(m), whole,  padded, widths, m.scales, m.zeros,
+                                  sums,    memory.first.data(),  memory.within.data(),     m.group,
+                                  p.bias,  p.out + first * m.outputs,    batch,  m.inputs, m.outputs,
+                                  groups,  m.bits};
+        share_rows(m.outputs, batch * m.inputs * m.outputs, threads,
+                   [&](std::int64_t begin, std::int64_t end) { leaf.integer_rows(rows, begin, end); });
+    }
 }
 
 void quantized_write(const QuantizedMatrix &m, float *out, int threads) {

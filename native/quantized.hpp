@@ -24,9 +24,8 @@ struct QuantizedProduct {
     std::int64_t batch;
 };
 
-// Groups that the products can take: whole rows, or a multiple of eight. For other groups write the weights out.
-bool quantized_takes_group(std::int64_t group, std::int64_t inputs);
-
+// Groups are whole rows or multiples of eight inputs; for others write the weights out.
+//
 // All arrays contiguous and row-major, none overlapping what is written. Use up to `threads` threads where that
 // pays. Throw std::bad_alloc where scratch memory cannot be had.
 void quantized_float(const QuantizedProduct &product, int threads);

@@ -45,8 +45,9 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_p
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline Floats choose(const float *from, int64_t count, const int32_t *which) {
-    const __mmask16 there = count >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << count) - 1u);
-    return _mm512_permutexvar_ps(_mm512_loadu_si512(which), _mm512_maskz_loadu_ps(there, from));
+    const Floats values = count >= 16 ? _mm512_loadu_ps(from)
+                                      : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), from);
+    return _mm512_permutexvar_ps(_mm512_loadu_si512(which), values);
 }
 
 inline __m512i load_bytes(const uint8_t *from, int64_t count) {
@@ -626,15 +627,33 @@ inline void integer_tile(const weft::IntegerRows &p, int64_t row, int64_t input)
     const Whole *x = static_cast<const Whole *>(p.x) + input * p.x_stride;
     const int64_t steps = (p.inputs + step - 1) / step;
     const bool lanes_differ = p.groups > 1 && p.group % step != 0;
-    const int64_t steps_each = p.groups <= 1 ? steps : lanes_differ ? 1 : p.group / step;
+    const int64_t steps_each = p.groups <= 1 ? steps : p.group / step;
     const int64_t run = steps_each < longest_run ? steps_each : longest_run;
 
     Floats results[Rows][Batch];
     for (int r = 0; r < Rows; ++r)
         for (int b = 0; b < Batch; ++b) results[r][b] = zero();
 
+    // Groups that share a register: every step is scaled lane by lane.
+    for (int64_t s = 0; lanes_differ && s < steps; ++s) {
+        Codes of_rows[Rows];
+        Floats scale[Rows];
+        for (int r = 0; r < Rows; ++r) {
+            of_rows[r] =
+                codes_at<Bits>(codes + r * p.row_bytes + s * step_bytes, p.row_bytes - s * step_bytes);
+            scale[r] = choose(p.scales + (row + r) * p.groups + p.first[s], p.groups - p.first[s],
+                              p.within + s * lanes);
+        }
+        for (int b = 0; b < Batch; ++b) {
+            const Codes numbers = numbers_at(x + b * p.x_stride + s * step);
+            for (int r = 0; r < Rows; ++r)
+                results[r][b] =
+                    multiply_add(scale[r], to_floats(dot(no_sums(), of_rows[r], numbers)), results[r][b]);
+        }
+    }
+
     int64_t group_end = 0;
-    for (int64_t begin = 0; begin < steps;) {
+    for (int64_t begin = lanes_differ ? steps : 0; begin < steps;) {
         if (begin == group_end) {
             group_end += p.groups <= 1 ? steps : steps_each;
             if (group_end > steps) group_end = steps;
@@ -659,12 +678,7 @@ inline void integer_tile(const weft::IntegerRows &p, int64_t row, int64_t input)
 
         for (int r = 0; r < Rows; ++r) {
             const float *scales = p.scales + (row + r) * p.groups;
-            Floats scale;
-            if (lanes_differ) {
-                scale = choose(scales + p.first[begin], p.groups - p.first[begin], p.within + begin * lanes);
-            } else {
-                scale = broadcast(scales[p.groups <= 1 ? 0 : p.first[begin]]);
-            }
+            const Floats scale = broadcast(scales[p.groups <= 1 ? 0 : p.first[begin]]);
             for (int b = 0; b < Batch; ++b)
                 results[r][b] = multiply_add(scale, to_floats(sums[r][b]), results[r][b]);
         }

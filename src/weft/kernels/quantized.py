@@ -385,10 +385,9 @@ def _check_codebook(
 # ------------------------------------------------------------------------------------------------------------
 # In memory: tensors that passed the guard and the checks
 
-# The largest batches for the native products: beyond them it measures faster to write the weights out once
-# and to call the vendor's product.
-_LARGEST_FLOAT_BATCH = 16
-_LARGEST_INT8_BATCH = 512
+# The largest batch for the native products with float vectors: beyond it it measures faster to write the
+# weights out and to call the vendor's product. Those with vectors of 8 bits win at every batch.
+_LARGEST_FLOAT_BATCH = 12
 
 
 def _apply_in_memory(
@@ -405,8 +404,8 @@ def _apply_in_memory(
     outputs = codes.shape[0]
     batch = x.numel() // inputs
     zeros_at = 0 if zeros is None else zeros.data_ptr()
-    native = batch <= (_LARGEST_INT8_BATCH if int8 else _LARGEST_FLOAT_BATCH)
-    if not native or (group % 8 and group != inputs):
+    native = group == inputs or group % 8 == 0  # whole groups of eight codes, as the kernels step
+    if not native or (batch > _LARGEST_FLOAT_BATCH and not int8):
         weight = x.new_empty(outputs, inputs)
         dispatch.native.quantized_write(
             codes.data_ptr(),
