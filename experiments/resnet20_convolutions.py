@@ -31,7 +31,7 @@ from torch import nn
 
 import weft
 from weft.measure import accuracy, environment
-from weft.plan.error_curves import layer_candidates
+from weft.plan.error_curves import error_curves
 from weft.schemes.corrections import correct_batch_norm
 from weft.sources import load_data, load_model
 from weft.storage import write_text
@@ -74,7 +74,7 @@ def run(name: str, setting: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     plain, weighted = setting["plain"], setting["weighted"]
     whole = sum(layer.cost.parameters for layer in weighted.layers.values())
     started = time.perf_counter()
-    curves = {key: layer_candidates(layer, [family(name)]) for key, layer in weighted.layers.items()}
+    curves = error_curves(weighted, [family(name)])
     curve_seconds = time.perf_counter() - started
 
     def measured(plan: Mapping[str, Structure], survey: weft.Survey) -> dict[str, float]:

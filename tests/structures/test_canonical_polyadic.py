@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.test_structure_contract import random_gram, random_weight
+from tests.test_structure_contract import dense_convolution, random_gram, random_weight
 
 from weft.structures.base import Geometry, relative_error
 from weft.structures.canonical_polyadic import CanonicalPolyadic
@@ -80,13 +80,28 @@ def test_the_factors_of_a_term_carry_the_same_weight() -> None:
         torch.testing.assert_close(norm, norms[0], rtol=1e-4, atol=1e-6)
 
 
-def test_the_step_that_shrinks_most_comes_first() -> None:
+def test_small_axes_run_as_one_depthwise_step_and_large_ones_one_by_one() -> None:
     geometry = Geometry((1, 3), ((1, 1), (1, 1)), (1, 1), input_size=(8, 9))
-    # 1×1 on 8 × 9, along the second axis to 8 × 3, along the first, 1×1 on 8 × 3
-    assert CanonicalPolyadic(5).multiply_adds(SHAPE, geometry) == 5 * (10 * 72 + 3 * 24 + 3 * 24 + 12 * 24)
-    grown = Geometry((1, 2), ((0, 0), (0, 0)), (1, 1), input_size=(4, 4), transposed=True)
-    # 1×1 on 4 × 4, along the first axis to 6 × 4, along the second to 6 × 9: counted at the inputs
-    assert CanonicalPolyadic(5).multiply_adds(SHAPE, grown) == 5 * (10 * 16 + 3 * 16 + 3 * 24 + 12 * 54)
+    # 1×1 on 8 × 9, depthwise 3×3 to 8 × 3, 1×1 on 8 × 3
+    assert CanonicalPolyadic(5).multiply_adds(SHAPE, geometry) == 5 * (10 * 72 + 9 * 24 + 12 * 24)
+    wide = Geometry((1, 3), ((2, 2), (2, 2)), (1, 1), input_size=(8, 9))
+    # along the second axis to 8 × 3 first, because that shrinks the image, then along the first
+    expected = 5 * (10 * 72 + 5 * 24 + 5 * 24 + 12 * 24)
+    assert CanonicalPolyadic(5).multiply_adds((12, 10, 5, 5), wide) == expected
+    grown = Geometry((2, 1), ((0, 0), (0, 0)), (1, 1), input_size=(4, 4), transposed=True)
+    # along the second axis to 4 × 8 first, then along the first to 11 × 8; steps count at their inputs
+    expected = 5 * (10 * 16 + 5 * 16 + 5 * 32 + 12 * 88)
+    assert CanonicalPolyadic(5).multiply_adds((12, 10, 5, 5), grown) == expected
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_axes_equal_the_dense_convolution(transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    member = CanonicalPolyadic(4).initialise((6, 4, 5, 5), dtype=torch.float64, generator=generator)
+    geometry = Geometry((2, 1), ((1, 1), (2, 2)), (1, 1), transposed=transposed)
+    x = torch.randn(2, 4, 7, 8, dtype=torch.float64, generator=generator)
+    expected = dense_convolution(x, member.to_dense(), None, geometry)
+    torch.testing.assert_close(member.convolve(x, geometry), expected)
 
 
 def test_impossible_ranks_are_refused() -> None:

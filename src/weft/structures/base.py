@@ -41,6 +41,7 @@ __all__ = [
     "StructuredMatrix",
     "can_unfold",
     "check_nesting",
+    "channels_last",
     "exchange_channels",
     "ladder",
     "matrix_multiply_adds",
@@ -249,8 +250,23 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED_CONVOLUTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-# From this many positions on, oneDNN's 1×1 convolution loses more by reordering its images than it gains.
-_FEWEST_PRODUCT_POSITIONS = 512
+def channels_last(x: Tensor) -> Tensor:
+    """Images laid out for a chain of convolutions: channels innermost, where that is faster.
+
+    On a processor a 1×1 convolution is then one matrix product without reordering its images, and a
+    depthwise one works on whole vectors of channels. Measured on a 512→512 layer at 7² and batch 64 a
+    canonical polyadic chain takes half the time. The result of a convolution keeps the layout, so that the
+    next chain finds it.
+
+    Args:
+        x: shape (batch, channels, *space).
+
+    Returns:
+        The same values, in another layout for images on a processor in plain eager mode.
+    """
+    if x.ndim == 4 and x.device.type == "cpu" and in_plain_eager():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
@@ -265,11 +281,6 @@ def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None, groups: int
     Returns:
         Shape (batch, outputs, *space).
     """
-    if groups == 1 and in_plain_eager() and x.device.type == "cpu" and x.is_contiguous():
-        positions = math.prod(x.shape[2:])
-        if positions >= _FEWEST_PRODUCT_POSITIONS:
-            y = torch.matmul(matrix, x.flatten(2)).reshape(x.shape[0], -1, *x.shape[2:])
-            return y if bias is None else y + bias.reshape(-1, *(1,) * (x.ndim - 2))
     kernel = matrix.reshape(*matrix.shape, *(1,) * (x.ndim - 2))
     return CONVOLUTIONS[x.ndim - 2](x, kernel, bias, groups=groups)
 

@@ -1,4 +1,4 @@
-"""Canonical polyadic kernels: a sum of rank-one tensors, run as 1×1, depthwise S×1, depthwise 1×S, 1×1.
+"""Canonical polyadic kernels: a sum of rank-one tensors, run as 1×1, depthwise along the axes, 1×1.
 
     Ŵ[f, c, i, j] = Σ_k left[f, k] right[k, c] axis_0[k, i] axis_1[k, j]
 
@@ -11,6 +11,7 @@ by variable projection.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -31,6 +32,7 @@ from weft.structures.base import (
     Shape,
     Structure,
     StructuredMatrix,
+    channels_last,
     ladder,
     matrix_shape,
     pointwise,
@@ -39,6 +41,8 @@ from weft.structures.base import (
 
 # Evaluations of a weighted refinement and sweeps within an error curve; the fit itself takes more.
 _CURVE_EVALUATIONS, _CURVE_SWEEPS = 40, 40
+# A product of axis factors is one depthwise kernel up to this many times the factors' numbers: 3×3 is.
+_MERGED = 2
 
 
 @dataclass(frozen=True)
@@ -242,10 +246,32 @@ def _most(shape: Shape) -> int:
     return math.prod(shape) // max(shape)
 
 
-def _order(geometry: Geometry, axes: Sequence[int]) -> list[int]:
-    """The order of the depthwise steps: what shrinks the image most comes first, what grows it last."""
+def _parts(shape: Sequence[int], geometry: Geometry) -> list[list[int]]:
+    """Gives the axes of the steps: those of the 1×1 convolution, the short ones, then the depthwise steps'.
+
+    The product of small factors is one depthwise kernel: it multiplies more but reads and writes its images
+    once, which is what a depthwise convolution spends its time on. Larger ones run axis by axis; what shrinks
+    the image most comes first, what grows it most last.
+
+    Args:
+        shape: the weight's.
+        geometry: the convolution's.
+
+    Returns:
+        Axes per step, at least the first.
+    """
+    kernel, axes = shape[2:], _long_axes(shape)
+    short = [axis for axis in range(len(kernel)) if axis not in axes]
+    widths = [kernel[axis] for axis in axes]
+    if math.prod(widths) <= _MERGED * sum(widths):
+        return [short, axes] if axes else [short]
     sign = 1 if geometry.transposed else -1
-    return sorted(axes, key=lambda axis: sign * geometry.stride[axis])
+    return [short, *([axis] for axis in sorted(axes, key=lambda axis: sign * geometry.stride[axis]))]
+
+
+def _widths(kernel: Sequence[int], part: Sequence[int]) -> tuple[int, ...]:
+    """The kernel of one step."""
+    return tuple(width if axis in part else 1 for axis, width in enumerate(kernel))
 
 
 def _multiply_adds(rank: int, shape: Shape, geometry: Geometry | None) -> int:
@@ -262,14 +288,12 @@ def _multiply_adds(rank: int, shape: Shape, geometry: Geometry | None) -> int:
 
 def _shared_multiply_adds(shape: Shape, geometry: Geometry) -> int:
     """Per term and group: of the first 1×1 convolution, with the short axes, and the depthwise ones."""
-    kernel, axes = shape[2:], _long_axes(shape)
-    order = _order(geometry, axes)
-    short = [axis for axis in range(len(kernel)) if axis not in axes]
-    steps = geometry.along(kernel, short, *([axis] for axis in order))
+    kernel, parts = shape[2:], _parts(shape, geometry)
+    steps = geometry.along(kernel, *parts)
     total = shape[1] * steps[0].positions((1,) * len(kernel))
-    for axis, step in zip(order, steps[1:], strict=True):
-        widths = [width if other == axis else 1 for other, width in enumerate(kernel)]
-        total += kernel[axis] * step.positions(widths)
+    for part, step in zip(parts[1:], steps[1:], strict=True):
+        widths = _widths(kernel, part)
+        total += math.prod(widths) * step.positions(widths)
     return total
 
 
@@ -301,23 +325,27 @@ class CanonicalPolyadicMatrix(StructuredMatrix):
         return nn.functional.linear(hidden, self.left, bias)
 
     def convolve(self, x: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
-        groups, kernel, axes = geometry.groups, self.shape[2:], self._axes()
-        order = _order(geometry, list(axes))
-        short = [axis for axis in range(len(kernel)) if axis not in axes]
-        first, *steps = geometry.along(kernel, short, *([axis] for axis in order))
+        groups, kernel, parts = geometry.groups, self.shape[2:], _parts(self.shape, geometry)
+        first, *steps = geometry.along(kernel, *parts)
         # Groups share all factors but the last: they join the batch up to there.
         hidden = x if groups == 1 else x.reshape(x.shape[0] * groups, -1, *x.shape[2:])
-        if short:  # an axis of length 1 may still have a stride or padding
-            hidden = first.convolve(
-                hidden, self.right.reshape(*self.right.shape, *(1,) * len(kernel)), groups=1
-            )
+        hidden = channels_last(hidden)
+        if parts[0]:  # an axis of length 1 may still have a stride or padding
+            right = self.right.reshape(*self.right.shape, *(1,) * len(kernel))
+            hidden = first.convolve(hidden, right, groups=1)
         else:
             hidden = pointwise(hidden, self.right)
-        for axis, step in zip(order, steps, strict=True):
-            widths = [width if other == axis else 1 for other, width in enumerate(kernel)]
-            hidden = step.convolve(hidden, axes[axis].reshape(-1, 1, *widths), groups=len(self.right))
+        for part, step in zip(parts[1:], steps, strict=True):
+            depthwise = self.derived(f"depthwise {part}", partial(self._depthwise, part))
+            hidden = step.convolve(hidden, depthwise, groups=self.right.shape[0])
         hidden = hidden if groups == 1 else hidden.reshape(x.shape[0], -1, *hidden.shape[2:])
         return pointwise(hidden, self.left, bias, groups)
+
+    def _depthwise(self, part: Sequence[int]) -> Tensor:
+        """The depthwise kernels of one step, (rank, 1, *widths)."""
+        axes = self._axes()
+        terms = rank_one_terms([axes[axis] for axis in part])
+        return terms.reshape(-1, 1, *_widths(self.shape[2:], part))
 
     def to_dense(self) -> Tensor:
         terms = rank_one_terms([self.right, *self._axes().values()])

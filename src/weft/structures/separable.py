@@ -31,6 +31,7 @@ from weft.structures.base import (
     Shape,
     Structure,
     StructuredMatrix,
+    channels_last,
     ladder,
     matrix_shape,
     pointwise,
@@ -239,7 +240,7 @@ class SeparableMatrix(StructuredMatrix):
     def convolve(self, x: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
         groups, space = geometry.groups, len(self.shape) - 2
         first, second = geometry.along(self.shape[2:], *_steps(self.shape))
-        hidden = x if groups == 1 else x.reshape(x.shape[0] * groups, -1, *x.shape[2:])
+        hidden = channels_last(x if groups == 1 else x.reshape(x.shape[0] * groups, -1, *x.shape[2:]))
         right = self.right.reshape(*self.right.shape, *(1,) * (space - 1))
         hidden = first.convolve(hidden, right, groups=1)
         hidden = hidden if groups == 1 else hidden.reshape(x.shape[0], -1, *hidden.shape[2:])

@@ -32,6 +32,7 @@ from weft.structures.base import (
     Shape,
     Structure,
     StructuredMatrix,
+    channels_last,
     ladder,
     matrix_shape,
     pointwise,
@@ -388,7 +389,7 @@ class TuckerMatrix(StructuredMatrix):
     def convolve(self, x: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
         groups = geometry.groups
         # Groups share all but the last factor: they join the batch up to there.
-        hidden = x if groups == 1 else x.reshape(x.shape[0] * groups, -1, *x.shape[2:])
+        hidden = channels_last(x if groups == 1 else x.reshape(x.shape[0] * groups, -1, *x.shape[2:]))
         if self.core is None:
             assert self.right is not None
             hidden = geometry.convolve(hidden, self.right, groups=1)
