@@ -3,11 +3,11 @@
     python benchmarks/convolutions.py --out benchmarks/results/convolutions.json
     python benchmarks/convolutions.py --parts peer          # or layers
 
-Part `peer`: CP and Tucker of a 64→128 3×3 kernel at a quarter of its numbers, decomposed and run by weft and
-by tensorly-torch 0.5 (takes part where it is installed: `pip install tensorly tensorly-torch`). Part `layers`:
-three layers of a ResNet at half the dense multiply-adds by every family, batch 1 and 64, one and two threads.
-Times that are compared are measured alternately; the JSON holds medians. A ratio above 1 says that factorising
-does not pay there.
+Part `peer`: CP and Tucker of a 64→128 3×3 kernel at a quarter of its numbers, decomposed and run by weft
+and by tensorly-torch 0.5 (takes part where it is installed: `pip install tensorly tensorly-torch`). Part
+`layers`: three layers of a ResNet at half the dense multiply-adds by every family, batch 1 and 64, one and
+two threads. Times that are compared are measured alternately; the JSON holds medians. A ratio above 1 says
+that factorising does not pay there.
 """
 
 import argparse
