@@ -199,6 +199,12 @@ class BlockDiagonalGram(Gram):
     def size(self) -> int:
         return self.moment.shape[1]
 
+    def block(self, index: int) -> DenseGram:
+        """The metric of one group's rows."""
+        own = DenseGram(self.moment[index])
+        own.ridge = self.ridge
+        return own
+
     @cached_property
     def _roots(self) -> tuple[Tensor, Tensor]:
         identity = torch.eye(self.size, dtype=self.moment.dtype, device=self.moment.device)
