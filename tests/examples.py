@@ -16,6 +16,7 @@ from weft.structures.hierarchical import Hierarchical
 from weft.structures.low_rank import LowRank
 from weft.structures.product_quantized import ProductQuantized
 from weft.structures.pruned import Pruned
+from weft.structures.quantized import Quantized
 from weft.structures.reshaped import Reshaped
 from weft.structures.semiseparable import SequentiallySemiseparable
 from weft.structures.separable import Separable
@@ -171,6 +172,12 @@ EXAMPLES = [
         "reshaped_kronecker",
         lambda shape: Reshaped(LowRank(1), _rows(shape), _four_axes(shape), (2, 0, 1, 3)),
         exact=True,
+    ),
+    Example("quantized", lambda shape: Quantized(4), monotone={"bits": (2, 3, 4, 6, 8)}),
+    Example("quantized_low_rank", lambda shape: Quantized(8, of=LowRank(_quarter(shape)))),
+    Example(
+        "quantized_sparse_product",
+        lambda shape: Quantized(4, of=SparseProduct(2, _quarter(shape), "splitting"), codebook="kmeans"),
     ),
     Example("sparse_product", lambda shape: SparseProduct(2, _quarter(shape))),
     Example("sparse_product_splitting", lambda shape: SparseProduct(3, _quarter(shape), "splitting")),

@@ -1,7 +1,7 @@
 """Rounding to few levels in the metric of the inputs: error feedback, coordinate descent, levels solved for.
 
-Every entry of W (rows, columns) becomes one of the `Levels` of its row and column. In the metric Ĝ the choices
-of one row depend on each other:
+Every entry of W (rows, columns) becomes one of the `Levels` of its row and column. In the metric Ĝ the
+choices of one row depend on each other:
 
 1. Error feedback (GPTQ). Column after column is rounded, and the later columns take over what was lost: with
    Ĝ⁻¹ = UᵀU, U upper triangular, the error e of column j moves the later ones by −e U[j, later] / U[j, j].
@@ -16,7 +16,7 @@ output metric couples them; what the others' errors leave is then part of a row'
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from weft.numerics.vector_quantisation import _inverse_root
 __all__ = ["Codebook", "Levels", "Uniform", "descend", "quantise", "round_with_feedback", "uniform_levels"]
 
 _BLOCK = 64
-# Codebooks of more levels are solved for in the metric's diagonal only: the system would have as many unknowns.
+# Codebooks of more levels are solved for in the metric's diagonal only: a product per level is too much.
 _MOST_SOLVED = 32
 
 
@@ -69,6 +69,10 @@ class Levels(ABC):
     def rows(self, chosen: Tensor) -> Self:
         """The levels of some of the rows."""
 
+    @abstractmethod
+    def concatenate(self, others: Sequence[Any]) -> Self:
+        """The levels of these rows, then those of the others' rows; all of one kind."""
+
     def nearest(self, values: Tensor) -> Tensor:
         """The nearest levels, shape (rows, columns)."""
         return self.decode(self.encode(values))
@@ -103,12 +107,13 @@ class Uniform(Levels):
     def _group_of(self, column: int) -> int:
         return column * self.scales.shape[1] // self.columns
 
-    def _spread(self, part: Tensor) -> Tensor:
+    def spread(self, part: Tensor) -> Tensor:
+        """Scales or zeros as one number per entry, shape (rows, columns)."""
         return part.repeat_interleave(self.columns // part.shape[1], 1)
 
     def encode(self, values: Tensor) -> Tensor:
-        scales = self._spread(_safe(self.scales))
-        return (values / scales + self._spread(self.zeros)).round_().clamp_(0, self.count - 1).long()
+        scales = self.spread(_safe(self.scales))
+        return (values / scales + self.spread(self.zeros)).round_().clamp_(0, self.count - 1).long()
 
     def decode(self, codes: Tensor) -> Tensor:
         grouped = codes.to(self.scales).unflatten(1, (self.scales.shape[1], -1))
@@ -139,6 +144,12 @@ class Uniform(Levels):
 
     def rows(self, chosen: Tensor) -> "Uniform":
         return replace(self, scales=self.scales[chosen], zeros=self.zeros[chosen])
+
+    def concatenate(self, others: "Sequence[Uniform]") -> "Uniform":
+        scales, zeros = (
+            torch.cat([getattr(one, name) for one in (self, *others)]) for name in ("scales", "zeros")
+        )
+        return replace(self, scales=scales, zeros=zeros)
 
 
 def _snap(values: Tensor, scales: Tensor, zeros: Tensor, count: int) -> Tensor:
@@ -202,13 +213,18 @@ class Codebook(Levels):
                 system, right = system.sum(0, keepdim=True), right.sum(0, keepdim=True)
             table = self.table + _solve(system, right)
         trial = replace(self, table=table.sort(1).values)
-        errors = [row_errors(matrix - one.decode(codes), metric) for one in (replace(self, table=table), self)]
+        errors = [
+            row_errors(matrix - one.decode(codes), metric) for one in (replace(self, table=table), self)
+        ]
         if self.shared:
             return trial if float(errors[0].sum()) < float(errors[1].sum()) else self
         return replace(self, table=torch.where((errors[0] < errors[1])[:, None], trial.table, self.table))
 
     def rows(self, chosen: Tensor) -> "Codebook":
         return self if self.shared else replace(self, table=self.table[chosen])
+
+    def concatenate(self, others: "Sequence[Codebook]") -> "Codebook":
+        return replace(self, table=torch.cat([one.table for one in (self, *others)]))
 
 
 def row_errors(error: Tensor, metric: Tensor | None) -> Tensor:
@@ -268,9 +284,7 @@ def _solve(system: Tensor, right: Tensor) -> Tensor:
 # Choosing
 
 
-def round_with_feedback(
-    matrix: Tensor, levels: Levels, root: Tensor, order: Tensor | None = None
-) -> Tensor:
+def round_with_feedback(matrix: Tensor, levels: Levels, root: Tensor, order: Tensor | None = None) -> Tensor:
     """Rounds column after column; the later ones take over the error.
 
     Args:
@@ -286,7 +300,8 @@ def round_with_feedback(
     """
     columns = matrix.shape[1]
     places = range(columns) if order is None else order.tolist()
-    left = (matrix if order is None else matrix[:, order]).T.contiguous()  # a column's values lie together
+    left = (matrix if order is None else matrix[:, order]).T  # a column's values shall lie together
+    left = left.clone(memory_format=torch.contiguous_format)
     rounded = torch.empty_like(left)
     pivots = root.diagonal().tolist()
     for start in range(0, columns, _BLOCK):
@@ -319,7 +334,7 @@ def descend(matrix: Tensor, dense: Tensor, levels: Levels, metric: Tensor) -> Te
     Returns:
         Ŵ with no larger error in any row.
     """
-    current = dense.T.contiguous()
+    current = dense.T.clone(memory_format=torch.contiguous_format)
     weighed = metric @ (matrix - dense).T
     curvature = metric.diagonal().clamp_min(torch.finfo(metric.dtype).tiny).tolist()
     for start in range(0, len(current), _BLOCK):
@@ -365,10 +380,9 @@ def quantise(
     """
     if isinstance(input_gram, BlockDiagonalGram):
         return _by_block(matrix, starts, input_gram, output_gram, feedback, by_importance, solves, sweeps)
-    separable = input_gram is None or isinstance(input_gram, DiagonalGram)
     diagonal = None if input_gram is None else input_gram.diagonal().to(matrix)
     fits = [_separable(matrix, levels, diagonal, solves, sweeps) for levels in starts]
-    if separable or not feedback:
+    if input_gram is None or isinstance(input_gram, DiagonalGram) or not feedback:
         best = _best(matrix, fits, diagonal)
     else:
         dense = input_gram.dense()
@@ -415,14 +429,7 @@ def _best(matrix: Tensor, fits: Sequence[Fit], metric: Tensor | None) -> Fit:
 def _joined(levels: Sequence[Levels], winner: Tensor) -> Levels:
     """Rows of several levels, those of each in the order in which `winner` names them."""
     place = torch.argsort(torch.argsort(winner, stable=True))
-    first = levels[0]
-    if isinstance(first, Uniform):
-        parts = {
-            name: torch.cat([getattr(one, name) for one in levels])[place] for name in ("scales", "zeros")
-        }
-        return replace(first, **parts)
-    tables = [one.table for one in levels if isinstance(one, Codebook)]
-    return replace(first, table=torch.cat(tables)[place])
+    return levels[0].concatenate(levels[1:]).rows(place)
 
 
 def _improve(
@@ -460,6 +467,9 @@ def _with_output_metric(
 
     With the errors of the other rows given, row i costs H_ii ‖w_i + Σ_{k≠i} H_ik e_k / H_ii − ŵ_i‖² in Ĝ.
     Blocks of rows move together; a block's move that does not help is taken back.
+
+    Returns:
+        Codes of no larger error, and the levels as they were.
     """
     rows, columns = matrix.shape
     coupling = output_gram.dense().to(matrix)
@@ -516,7 +526,7 @@ def _by_block(
 # ------------------------------------------------------------------------------------------------------------
 # First levels
 
-# Clipping: levels end at such shares of a row's largest entry. Of few levels the inner ones are the better ones.
+# Clipping: levels end at such shares of a row's largest entry.
 _SHARES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.93, 1.0)
 
 

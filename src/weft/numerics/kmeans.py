@@ -1,7 +1,7 @@
 """Codebooks of numbers: one-dimensional k-means, and the closed forms of two and three levels.
 
-On a line the clusters of an optimal codebook are neighbours in sorted order, so that dynamic programming finds
-the optimum: with D_k(j) the least error of the first j points in k clusters,
+On a line the clusters of an optimal codebook are neighbours in sorted order, so that dynamic programming
+finds the optimum: with D_k(j) the least error of the first j points in k clusters,
 
     D_k(j) = min_i D_{k−1}(i) + cost(i, j),   cost(i, j) = Σ ω w² − (Σ ω w)² / Σ ω over the points i+1 … j.
 
@@ -25,8 +25,8 @@ _LLOYD_ITERATIONS = 20
 def codebooks(points: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
     """The codebook of every row of points: Σ ω (w − nearest level)² is least.
 
-    Rows of few points get the optimum, by dynamic programming. Of longer ones runs of neighbours in sorted order
-    are merged into their means first, and Lloyd's iterations over all points follow.
+    Rows of few points get the optimum, by dynamic programming. Of longer ones runs of neighbours in sorted
+    order are merged into their means first, and Lloyd's iterations over all points follow.
 
     Args:
         points: shape (rows, points), floating.
