@@ -3,12 +3,15 @@
 import dataclasses
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from tests.test_structure_contract import random_gram, random_weight
 from torch import Tensor, nn
 
 import weft
+from weft.export import check_onnx, export_onnx, export_torch
+from weft.layers.linear import StructuredLinear
 from weft.structures import from_json
 from weft.structures.base import relative_error
 from weft.structures.low_rank import LowRank
@@ -284,3 +287,29 @@ def test_an_embedding_reads_only_the_rows_asked_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(member), "integers", watched)
     member.rows(torch.tensor([[1, 2], [49, 1]]))
     assert [tuple(codes.shape) for codes in seen] == [(4, 16)]
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        Quantized(8),
+        Quantized(4),
+        Quantized(3, zero="free", group=19),
+        Quantized(2, codebook="ternary"),
+        Quantized(4, codebook="kmeans"),
+        Quantized(4, of=LowRank(8)),
+    ],
+    ids=str,
+)
+def test_exported_files_hold_packed_codes(structure: Quantized, tmp_path: Path) -> None:
+    layer = StructuredLinear(structure.fit(random_weight((256, 304))), torch.randn(256))
+    x = torch.randn(4, 304, generator=torch.Generator().manual_seed(0))
+    path = export_onnx(layer, x, tmp_path / "layer.onnx")
+    assert check_onnx(path, layer, x) <= 1e-4
+    initializers = onnx.load(path).graph.initializer
+    numbers = [tensor for tensor in initializers if tensor.data_type == onnx.TensorProto.FLOAT]
+    assert all(len(tensor.raw_data) < 256 * 304 for tensor in numbers)
+    assert path.stat().st_size < layer.matrix.cost().bytes + 256 * 304 // 4 + 20_000
+    program = torch.export.load(export_torch(layer, x, tmp_path / "layer.pt2"))
+    assert not [node for node in program.graph.nodes if "weft" in str(node.target)]
+    torch.testing.assert_close(program.module()(x), layer(x))

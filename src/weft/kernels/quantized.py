@@ -111,6 +111,8 @@ def unpack(codes: Tensor, bits: int, inputs: int) -> Tensor:
 def _unpack(codes: Tensor, bits: int, inputs: int) -> Tensor:
     if bits == 8:
         return codes
+    if dispatch.needs_plain_operations():
+        return _unpack_by_arithmetic(codes, bits, inputs)
     mask = (1 << bits) - 1
     if 8 % bits == 0:  # no code crosses a byte
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
@@ -124,6 +126,20 @@ def _unpack(codes: Tensor, bits: int, inputs: int) -> Tensor:
         if shift + bits > 8:
             part = part | (whole[..., byte + 1] << (8 - shift))
         parts.append(part & mask)
+    return torch.stack(parts, -1).flatten(-2)[..., :inputs]
+
+
+def _unpack_by_arithmetic(codes: Tensor, bits: int, inputs: int) -> Tensor:
+    """The same as floats, without shifts and masks, which ONNX knows for some types of integers only."""
+    period = 1 if 8 % bits == 0 else bits  # bytes that hold whole codes
+    whole = functional.pad(codes.float(), (0, -codes.shape[-1] % period)).unflatten(-1, (-1, period))
+    whole = functional.pad(whole, (0, 1))
+    parts = []
+    for i in range(8 * period // bits):
+        byte, shift = divmod(i * bits, 8)
+        two_bytes = whole[..., byte] + 256 * whole[..., byte + 1]
+        part = torch.floor(two_bytes * 2.0**-shift)
+        parts.append(part - 2.0**bits * torch.floor(part * 2.0**-bits))
     return torch.stack(parts, -1).flatten(-2)[..., :inputs]
 
 
