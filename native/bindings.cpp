@@ -5,11 +5,13 @@
 
 #include <cstdint>
 #include <exception>
+#include <vector>
 
 #include "block_sequence.hpp"
 #include "low_rank.hpp"
 #include "processor.hpp"
 #include "quantized.hpp"
+#include "sparse_chain.hpp"
 
 namespace nb = nanobind;
 
@@ -316,6 +318,21 @@ void quantized_write(std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t
         at<float>(out), threads);
 }
 
+// `supports`: five numbers per matrix: rows, columns, the addresses of its column indices and row starts, and
+// whether the indices have 16 bits.
+void sparse_chain_apply(std::uintptr_t x, std::uintptr_t values, std::uintptr_t supports, std::int64_t count,
+                        std::uintptr_t bias, std::uintptr_t out, std::int64_t batch, int threads) {
+    nb::gil_scoped_release release;
+    std::vector<weft::SparseSupport> matrices;
+    const auto *row = at<const std::int64_t>(supports);
+    for (std::int64_t i = 0; i < count; ++i, row += 5)
+        matrices.push_back({row[0], row[1], at<const void>(static_cast<std::uintptr_t>(row[2])),
+                            at<const std::int64_t>(static_cast<std::uintptr_t>(row[3])), row[4] != 0});
+    weft::sparse_chain_apply({at<const float>(x), at<const float>(values), matrices.data(), count,
+                              at<const float>(bias), at<float>(out), batch},
+                             threads);
+}
+
 // Bound without nanobind, whose variable arguments would become a tuple on every call.
 template <PyObject *(*function)(PyObject *, PyObject *const *, Py_ssize_t)>
 PyMethodDef fast(const char *name, const char *description) {
@@ -345,4 +362,6 @@ NB_MODULE(_native, module) {
                "may be 0); with vectors rounded to whole numbers where `int8`.");
     module.def("codebook_apply", &codebook_apply, "The same for codes of a codebook (book_stride 0: one for all).");
     module.def("quantized_write", &quantized_write, "out = Ŵ: the weights that codes stand for.");
+    module.def("sparse_chain_apply", &sparse_chain_apply,
+               "out = x (S_1 ... S_count)ᵀ + bias on float32 arrays given by their addresses (bias may be 0).");
 }

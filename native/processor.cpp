@@ -7,6 +7,7 @@
 
 #include "columns_product.hpp"
 #include "rows_product.hpp"
+#include "sparse_rows.hpp"
 
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <immintrin.h>
@@ -135,5 +136,6 @@ bool has_avx512_integers() {
 ColumnsProductKernel columns_product_kernel() { WEFT_RETURN_COPY(columns_product) }
 
 RowsProductKernel rows_product_kernel() { WEFT_RETURN_COPY(rows_product) }
+const SparseKernels &sparse_kernels() { WEFT_RETURN_COPY(sparse_rows) }
 
 }  // namespace weft

@@ -8,14 +8,13 @@ rows: the cost is that of the entries, and no dense weight is ever formed.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self, TypedDict, cast
+from typing import Any, ClassVar, Self, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from weft import checks
-from weft.kernels.dispatch import needs_plain_operations
+from weft.kernels.sparse import SparseChain, apply_factor, sparse_chain_apply
 from weft.numerics.gram import DiagonalGram, squared_error
 from weft.numerics.palm4msa import Metric, SparseFactorisation, hierarchical, palm4msa, refit, splitting
 from weft.structures.base import (
@@ -242,71 +241,7 @@ def _tensors(factors: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> di
 
 
 # ----------------------------------------------------------------------------------------------------
-# One factor applied
-
-
-class _Support(NamedTuple):
-    """One factor's support, by rows for S and by columns for Sᵀ; int32."""
-
-    size: tuple[int, int]
-    columns: Tensor  # of every entry, row after row
-    starts: Tensor  # of every row
-    rows: Tensor  # of every entry
-    order: Tensor  # of the entries column after column
-    transposed_rows: Tensor  # rows[order]
-    transposed_starts: Tensor  # of every column, in `order`
-
-    def transposed(self) -> "_Support":
-        """The support of Sᵀ, whose values are those of S in `order`."""
-        inverse = torch.empty_like(self.order)
-        inverse[self.order] = torch.arange(len(inverse), dtype=inverse.dtype, device=inverse.device)
-        size = (self.size[1], self.size[0])
-        by_column = (self.transposed_rows, self.transposed_starts, self.columns[self.order])
-        return _Support(size, *by_column, inverse, self.columns, self.starts)
-
-
-def _apply_factor(values: Tensor, x: Tensor, support: _Support) -> Tensor:
-    """S X: (columns, batch) -> (rows, batch)."""
-    if needs_plain_operations():
-        return _gather_and_add(values, x, support)
-    return _ApplyFactor.apply(values, x, *support)
-
-
-def _gather_and_add(values: Tensor, x: Tensor, support: _Support) -> Tensor:
-    """S X of gather and scatter operations that every exporter and transform knows."""
-    products = values[:, None] * x[support.columns]
-    return x.new_zeros(support.size[0], x.shape[1]).index_add(0, support.rows, products)
-
-
-def _sum_of_rows(values: Tensor, x: Tensor, indices: Tensor, starts: Tensor) -> Tensor:
-    """The rows of X by index, weighted and added from each start to the next."""
-    return functional.embedding_bag(indices, x, starts, mode="sum", per_sample_weights=values)
-
-
-class _ApplyFactor(torch.autograd.Function):
-    """S X without a copy of X per entry: ∂X = Sᵀ ∂Y, and ∂values multiplies rows of ∂Y by rows of X."""
-
-    @staticmethod
-    def forward(values, x, size, columns, starts, rows, order, transposed_rows, transposed_starts):
-        return _sum_of_rows(values, x.contiguous(), columns, starts)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        values, x, _, columns, starts, rows, order, transposed_rows, transposed_starts = inputs
-        ctx.save_for_backward(values, x, columns, starts, rows, order, transposed_rows, transposed_starts)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        values, x, columns, starts, rows, order, transposed_rows, transposed_starts = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        to_values = to_x = None
-        if ctx.needs_input_grad[0]:
-            to_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                gradient, x.contiguous(), columns, starts, rows, 0, -1
-            )
-        if ctx.needs_input_grad[1]:
-            to_x = _sum_of_rows(values[order], gradient, transposed_rows, transposed_starts)
-        return to_values, to_x, None, None, None, None, None, None, None
+# The member
 
 
 class SparseProductMatrix(StructuredMatrix):
@@ -331,50 +266,27 @@ class SparseProductMatrix(StructuredMatrix):
 
     def _widen_supports(self) -> None:
         """Unpacks the indices once, into buffers that are not stored."""
-        all_counts, all_columns = _widen(self.counts), _widen(self.columns)
-        row_lists = all_counts.split([rows for rows, _ in self.sizes])
-        self.entries = [int(counts.sum()) for counts in row_lists]
-        self.longest_row = [int(counts.max()) for counts in row_lists]
-        column_lists = all_columns.split(self.entries)
-        for index, (size, counts, columns) in enumerate(
-            zip(self.sizes, row_lists, column_lists, strict=True)
-        ):
-            if len(columns) and int(columns.max()) >= size[1]:
-                remedy = "load the file that belongs to this model"
-                raise ValueError(checks.fault("columns", f"below {size[1]}", int(columns.max()), remedy))
-            rows = torch.repeat_interleave(torch.arange(size[0], device=counts.device), counts)
-            order = torch.argsort(columns, stable=True)
-            per_column = torch.bincount(columns, minlength=size[1])
-            parts = {
-                "columns": columns,
-                "starts": counts.cumsum(0) - counts,
-                "rows": rows,
-                "order": order,
-                "transposed_rows": rows[order],
-                "transposed_starts": per_column.cumsum(0) - per_column,
-            }
-            for name, part in parts.items():
-                self.register_buffer(f"_{name}_{index}", part.to(torch.int32), persistent=False)
+        self.chain = SparseChain(self.sizes, _widen(self.counts), _widen(self.columns))
+        self.entries = self.chain.entries
+        self.longest_row = int(_widen(self.counts[: self.sizes[0][0]]).max())
 
-    def _support(self, index: int) -> _Support:
-        parts = (getattr(self, f"_{name}_{index}") for name in _Support._fields[1:])
-        return _Support(self.sizes[index], *parts)
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._widen_supports()  # the loaded indices may be others
 
     def forward(self, x: Tensor) -> Tensor:
         checks.last_dimension(x, self.inputs)
-        # Half precisions are summed in single precision.
-        dtype = x.dtype if x.dtype in {torch.float32, torch.float64} else torch.float32
-        hidden = x.reshape(-1, self.inputs).T.to(dtype).contiguous()
-        values = self.values.to(dtype).split(self.entries)
-        for index in reversed(range(len(self.sizes))):
-            hidden = _apply_factor(values[index], hidden, self._support(index))
-        return hidden.T.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
+        return sparse_chain_apply(x, self.values, self.chain)
+
+    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        checks.last_dimension(x, self.inputs)
+        return sparse_chain_apply(x, self.values, self.chain, bias)
 
     def dense_factors(self) -> list[Tensor]:
         """The factors as dense matrices, from left to right; differentiable."""
         factors = []
         for index, part in enumerate(self.values.split(self.entries)):
-            (rows, columns), support = self.sizes[index], self._support(index)
+            (rows, columns), support = self.sizes[index], self.chain.support(index)
             place = support.rows.to(torch.int64) * columns + support.columns
             factors.append(part.new_zeros(rows * columns).scatter(0, place, part).reshape(rows, columns))
         return factors
@@ -387,18 +299,18 @@ class SparseProductMatrix(StructuredMatrix):
 
     def rows(self, indices: Tensor) -> Tensor:
         chosen = indices.reshape(-1)
-        support = self._support(0)
+        support = self.chain.support(0)
         counts = _widen(self.counts[: self.sizes[0][0]])[chosen]
         # Rows are padded to the longest: a mask instead of lengths keeps the shapes static.
-        offset = torch.arange(self.longest_row[0], device=chosen.device)
+        offset = torch.arange(self.longest_row, device=chosen.device)
         place = (support.starts[chosen][:, None] + offset).clamp_max(self.entries[0] - 1).to(torch.int64)
         values = self.values.split(self.entries)
         first = torch.where(offset < counts[:, None], values[0][place], 0)
         columns = support.columns[place].to(torch.int64)
         picked = first.new_zeros(len(chosen), self.sizes[0][1]).scatter_add(1, columns, first).T
         for index in range(1, len(self.sizes)):
-            support = self._support(index)
-            picked = _apply_factor(values[index][support.order], picked, support.transposed())
+            support = self.chain.support(index)
+            picked = apply_factor(values[index][support.order], picked, support.transposed())
         return picked.T.reshape(*indices.shape, self.inputs)
 
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
@@ -426,7 +338,7 @@ class SparseProductMatrix(StructuredMatrix):
         generator = generator or torch.Generator().manual_seed(0)
         deviations = []
         for index, size in enumerate(self.sizes):
-            support = self._support(index)
+            support = self.chain.support(index)
             fan_in = torch.bincount(support.rows, minlength=size[0])[support.rows]
             fan_out = torch.bincount(support.columns, minlength=size[1])[support.columns]
             first = index == len(self.sizes) - 1
