@@ -217,6 +217,17 @@ def test_impossible_sizes_are_refused() -> None:
         SparseProduct(2, 1, "magic")
 
 
+def test_loaded_state_brings_its_own_support() -> None:
+    structure = SparseProduct(2, 3, "random")
+    member = initialised(structure, (20, 30))
+    other = initialised(structure, (20, 30), generator=torch.Generator().manual_seed(5))
+    x = weight_of((4, 30))
+    member(x)
+    member.load_state_dict(other.state_dict())
+    torch.testing.assert_close(member(x), other(x))
+    torch.testing.assert_close(member.to_dense(), other.to_dense())
+
+
 def test_indices_that_do_not_fit_are_refused() -> None:
     member = initialised(SparseProduct(2, 3, "random"), (20, 30))
     stored = member.stored()

@@ -270,8 +270,8 @@ class SparseProductMatrix(StructuredMatrix):
         self.entries = self.chain.entries
         self.longest_row = int(_widen(self.counts[: self.sizes[0][0]]).max())
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self._widen_supports()  # the loaded indices may be others
 
     def forward(self, x: Tensor) -> Tensor:
