@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weft.report.report import Report
 
-START, END = "<!-- table: tools/readme_table.py", "<!-- end of table -->"
+MARK, END = "tools/readme_table.py", "<!-- end of table -->"
 
 
 def main() -> None:
@@ -22,13 +22,22 @@ def main() -> None:
         "A small convolutional network on scikit-learn's digits, held-out images, compressed to a quarter of",
         f"its parameters by `make demo` (low rank; {machine['processor']}, torch {machine['torch']}).",
     ]
+    replace_table(MARK, "\n".join(lines))
+
+
+def replace_table(mark: str, table: str) -> None:
+    """Puts a table between the comment `<!-- table: MARK ... -->` of README.md and the next `END`.
+
+    Args:
+        mark: the script that writes the table.
+        table: its lines.
+    """
     readme = Path(__file__).parent.parent / "README.md"
     text = readme.read_text(encoding="utf-8")
-    head, rest = text.split(START, 1)
+    head, rest = text.split(f"<!-- table: {mark}", 1)
     opening, rest = rest.split("\n", 1)
     _, tail = rest.split(END, 1)
-    table = "\n".join(lines)
-    readme.write_text(f"{head}{START}{opening}\n{table}\n{END}{tail}", encoding="utf-8")
+    readme.write_text(f"{head}<!-- table: {mark}{opening}\n{table}\n{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from torch import nn
 
 import weft
 from weft import checks
+from weft.bench import CACHES, compare_layers, compare_networks, members_of_size, record
 from weft.demo import demonstrate
 from weft.export.onnx import check_onnx, export_onnx
 from weft.export.torch_export import export_torch
 from weft.kernels import route
-from weft.measure import accuracy, environment, latencies
+from weft.measure import accuracy, environment
 from weft.plan.advice import Advice, advise
 from weft.plan.allocate import METHODS, allocate
 from weft.plan.budget import Budget
@@ -38,7 +39,8 @@ from weft.schemes.search import SearchResult, search
 from weft.sources import Data, load, load_data, load_model
 from weft.sources.splits import IndexedSplit
 from weft.storage import coder_of, read_json, read_metadata, save, structured_layers, write_text
-from weft.structures import families, select
+from weft.structures import families, from_text, select
+from weft.structures.base import StructuredMatrix
 from weft.survey import Survey, survey
 
 app = typer.Typer(
@@ -347,56 +349,95 @@ def evaluate_command(
 
 
 @app.command(
-    "bench", epilog="Example: weft bench small.safetensors --data digits --batches 1,16,128 --threads 1,2"
+    "bench",
+    epilog="Example: weft bench small.safetensors --data digits --threads 1,2 -o bench.json, or "
+    "weft bench --layer 1000x1280 --structure 'LowRank(rank=30)' --cache both, or "
+    "weft bench --layer 1000x1280 --families all --share 0.1",
 )
 def bench_command(
-    file: Smallfile,
-    data: NeededData,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A network that weft saved (.safetensors).")
+    ] = None,
+    data: DataSource = None,
+    layer: Annotated[
+        str | None, typer.Option("--layer", help="In place of FILE: one linear layer, OUTPUTSxINPUTS.")
+    ] = None,
+    structure: Annotated[
+        list[str] | None,
+        typer.Option("--structure", help="The layer's, e.g. 'LowRank(rank=30)'; repeatable."),
+    ] = None,
+    family_names: Annotated[
+        str | None,
+        typer.Option("--families", help="Or families, names separated by commas, or all, at one --share."),
+    ] = None,
+    share: Annotated[float, typer.Option("--share", help="Of the parameters, for --families.")] = 0.2,
     dense: Dense = None,
     weights: Weights = None,
     batches: BatchSizes = "1,16,128",
-    thread_counts: ThreadCounts = None,
-    seconds: Annotated[float, typer.Option("--seconds", help="About how long to time each row.")] = 2.0,
+    thread_counts: Annotated[
+        str, typer.Option("--threads", help="Numbers of threads, separated by commas.")
+    ] = "1,2",
+    cache: Annotated[
+        str, typer.Option("--cache", help="Whether calls find the caches warm, cold, or both.")
+    ] = "warm",
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long to time each row.")] = 1.0,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A JSON file to write.")] = None,
 ) -> None:
-    """Times the compressed network and the dense one in turns."""
-    small, network, _, _ = _read_pair(file, dense, weights)
-    rows = latencies(
-        network,
-        small,
-        load_data(data).sample_input,
-        batches=_numbers("--batches", batches),
-        thread_counts=None if thread_counts is None else _numbers("--threads", thread_counts),
-        seconds=checks.positive("--seconds", seconds),
-    )
-    table = Table(title=f"median milliseconds (10-90 %), kernels: {route()}", title_justify="left")
-    for heading in ("batch", "threads", "dense", "compressed", "time ratio"):
+    """Times a network, a layer or families against the dense one, in turns."""
+    checks.one_of("--cache", cache, (*CACHES, "both"))
+    settings: dict[str, Any] = {
+        "batches": _numbers("--batches", batches),
+        "thread_counts": _numbers("--threads", thread_counts),
+        "caches": [name for name in CACHES if cache in {name, "both"}],
+        "seconds": checks.positive("--seconds", seconds),
+    }
+    if output is not None:
+        _check_folder(output)
+    if (file is None) == (layer is None):
+        got = "both" if file is not None else "neither"
+        remedy = "e.g. weft bench small.safetensors --data digits, or weft bench --layer 1000x1280 ..."
+        raise ValueError(checks.fault("FILE or --layer", "one of the two", got, remedy))
+    if file is not None:
+        if data is None:
+            raise ValueError(checks.fault("--data", "given for FILE", "nothing", "e.g. --data digits"))
+        small, network, _, _ = _read_pair(file, dense, weights)
+        rows = compare_networks(network, small, load_data(data).sample_input, name=file.name, **settings)
+    else:
+        rows = compare_layers(_bench_members(str(layer), structure or [], family_names, share), **settings)
+    table = Table(title=f"median microseconds, kernels: {route()}", title_justify="left")
+    table.add_column("what", overflow="fold", min_width=20)
+    for heading in ("batch", "threads", "cache", "dense", "structured", "time ratio"):
         table.add_column(heading, justify="right")
     for row in rows:
         cells = [
-            f"{timing.median * 1e3:.3f} ({timing.low * 1e3:.3f}-{timing.high * 1e3:.3f})"
-            for timing in (row.dense, row.compressed)
+            f"{timing.median * 1e6:.1f} ±{50 * (timing.high - timing.low) / timing.median:.0f}%"
+            for timing in (row.dense, row.structured)
         ]
-        table.add_row(
-            str(row.batch), str(row.threads), *cells, f"{row.compressed.median / row.dense.median:.3f}"
-        )
+        table.add_row(row.name, str(row.batch), str(row.threads), row.cache, *cells, f"{row.ratio:.3f}")
     console.print(table)
     if output is not None:
-        record = {
-            "weft_bench": 1,
-            "environment": environment(),
-            "rows": [
-                {
-                    "batch": row.batch,
-                    "threads": row.threads,
-                    "dense": vars(row.dense),
-                    "compressed": vars(row.compressed),
-                }
-                for row in rows
-            ],
-        }
-        write_text(output, json.dumps(record, indent=1))
+        write_text(output, json.dumps(record(rows), indent=1))
         console.print(f"wrote {output}")
+
+
+def _bench_members(
+    layer: str, structure: list[str], family_names: str | None, share: float
+) -> list[StructuredMatrix]:
+    """What to time as one layer."""
+    sides = layer.lower().split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise ValueError(checks.fault("--layer", "OUTPUTSxINPUTS", repr(layer), "e.g. --layer 1000x1280"))
+    shape = (int(sides[0]), int(sides[1]))
+    if not structure and family_names is None:
+        remedy = "e.g. --structure 'LowRank(rank=30)' or --families all"
+        raise ValueError(checks.fault("--structure or --families", "given for --layer", "neither", remedy))
+    members = [from_text(text).initialise(shape) for text in structure]
+    if family_names is not None:
+        found, left_out = members_of_size(select(family_names), shape, checks.share("--share", share))
+        members += found
+        if left_out:
+            console.print(f"left out, because their size is known only after a fit: {', '.join(left_out)}")
+    return members
 
 
 @app.command("report", epilog="Example: weft report run.json -o report.html")

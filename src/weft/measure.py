@@ -557,6 +557,7 @@ def time_alternating(
     least: int = 15,
     most: int = 2000,
     device: torch.device | None = None,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Times several calls in turns, so that what disturbs the machine disturbs all of them alike.
 
@@ -566,12 +567,15 @@ def time_alternating(
         least: the least number of rounds.
         most: the largest number of rounds.
         device: synchronised around every call where it is no CPU.
+        before: done before every call, outside of its time.
 
     Returns:
         One timing per name.
     """
 
     def once(run: Callable[[], object]) -> float:
+        if before is not None:
+            before()
         if device is not None and device.type != "cpu":
             torch.accelerator.synchronize()
         start = time.perf_counter()

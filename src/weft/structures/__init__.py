@@ -5,6 +5,7 @@ packages register in the entry-point group `weft.structures`; the command line, 
 planner, layers and schemes get families only from there.
 """
 
+import ast
 import functools
 import importlib
 import importlib.metadata
@@ -134,6 +135,50 @@ def from_json(data: Mapping[str, Any]) -> Structure:
         raise TypeError(checks.fault("structure", 'a dictionary with the key "family"', repr(data), remedy))
     values = {name: _nested(value) for name, value in data.items() if name != "family"}
     return family(data["family"]).from_fields(values)
+
+
+def from_text(text: str) -> Structure:
+    """The structure that `str(structure)` is: a family with its sizes in brackets.
+
+    Args:
+        text: such as "LowRank(rank=8)"; fields at their default may be left out, words need no quotes.
+
+    Returns:
+        The structure; an unknown family or field is a ValueError.
+
+    Raises:
+        ValueError: it is not written like one.
+
+    Examples:
+        >>> from_text("SparseProduct(factors=2, sparsity=14, algorithm=random)").sparsity
+        14
+        >>> str(from_text("Hierarchical(rank=30)"))
+        'Hierarchical(rank=30)'
+    """
+    try:
+        data = _data_of(ast.parse(text.strip(), mode="eval").body)
+    except SyntaxError:
+        data = None
+    if not isinstance(data, dict):
+        remedy = "write it as a report does, e.g. LowRank(rank=30)"
+        raise ValueError(checks.fault("structure", "Family(field=value, ...)", repr(text), remedy))
+    return from_json(data)
+
+
+def _data_of(node: ast.expr) -> Any:
+    """JSON-ready data of one piece of a structure's text."""
+    match node:
+        case ast.Call(ast.Name(name), [], keywords) if all(word.arg for word in keywords):
+            return {"family": name, **{str(word.arg): _data_of(word.value) for word in keywords}}
+        case ast.Name(name):
+            return name
+        case ast.Tuple(items) | ast.List(items):
+            return [_data_of(item) for item in items]
+        case ast.Constant(value):
+            return value
+        case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as number)):
+            return -number
+    raise SyntaxError
 
 
 def _nested(value: Any) -> Any:
