@@ -41,9 +41,13 @@ format: $(READY) ## format the sources and apply the linter's safe fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+.PHONY: sanitize
+sanitize: $(READY) ## the kernels' tests under AddressSanitizer and UBSan (ARGUMENTS="-k sparse" selects)
+	$(BIN)/python tools/sanitize.py $(ARGUMENTS)
+
 .PHONY: wheel
-wheel: $(READY) ## build a wheel into dist/
-	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+wheel: $(READY) ## build a wheel into dist/ and run its kernels where no compiler is in sight
+	$(BIN)/python tools/build_wheel.py
 
 .PHONY: setup venv
 setup: $(READY) ## create .venv with the pinned packages and the native build
