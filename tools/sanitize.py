@@ -46,14 +46,25 @@ def main() -> None:
     libraries = [_library(compiler, name) for name in ("libasan.so", "libstdc++.so")]
     environment = {
         **os.environ,
-        # The sanitizer looks for C++'s exceptions when it starts, before Python has loaded anything that has them.
+        # The sanitizer looks for C++'s exceptions as it starts, before Python has loaded what has them.
         "LD_PRELOAD": " ".join(libraries),
         # Python and torch keep memory until the process ends, which is no fault of the kernels.
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
     }
-    command = [sys.executable, "-c", RUN, str(SITE), "-p", "no:cacheprovider", "-q", *CAPTURE, *TESTS, *sys.argv[1:]]
+    command = [
+        sys.executable,
+        "-c",
+        RUN,
+        str(SITE),
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        *CAPTURE,
+        *TESTS,
+        *sys.argv[1:],
+    ]
     sys.exit(subprocess.run(command, check=False, cwd=ROOT, env=environment).returncode)
 
 

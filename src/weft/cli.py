@@ -404,9 +404,10 @@ def bench_command(
         rows = compare_networks(network, small, load_data(data).sample_input, name=file.name, **settings)
     else:
         rows = compare_layers(_bench_members(str(layer), structure or [], family_names, share), **settings)
-    table = Table(title=f"median microseconds, kernels: {route()}", title_justify="left")
-    table.add_column("what", overflow="fold", min_width=20)
-    for heading in ("batch", "threads", "cache", "dense", "structured", "time ratio"):
+    title = f"median microseconds, kernels: {route()}"
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
+    table.add_column("what", overflow="fold", min_width=18)
+    for heading in ("batch", "threads", "cache", "dense", "structured", "ratio"):
         table.add_column(heading, justify="right")
     for row in rows:
         cells = [
