@@ -192,6 +192,8 @@ def test_shapes_that_do_not_fit_raise(wrong):
 def test_supports_that_do_not_fit_raise():
     with pytest.raises(ValueError, match="sizes must be those of a chain"):
         SparseChain([(2, 3), (4, 5)], torch.ones(6), torch.zeros(6))
+    with pytest.raises(ValueError, match="sizes must be those of a chain"):
+        SparseChain([(2, 0)], torch.zeros(2), torch.zeros(0))
     with pytest.raises(ValueError, match="columns must be of shape"):
         SparseChain([(2, 3)], torch.tensor([1, 1]), torch.tensor([0]))
     with pytest.raises(ValueError, match="columns must be below 3, got 3"):

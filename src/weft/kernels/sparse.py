@@ -1,7 +1,6 @@
 """A chain of sparse matrices applied to a batch of vectors: y = x (S₁ S₂ … S_Q)ᵀ + b."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 from weakref import ref
@@ -129,7 +128,8 @@ class SparseChain(nn.Module):
     def __init__(self, sizes: Sequence[Size], counts: Tensor, columns: Tensor) -> None:
         super().__init__()
         remedy = "give every matrix as many columns as the next one has rows"
-        if not sizes or any(left[1] != right[0] for left, right in itertools.pairwise(sizes)):
+        joined = all(left[1] == right[0] for left, right in itertools.pairwise(sizes))
+        if not (sizes and joined and all(min(size) >= 1 for size in sizes)):
             raise ValueError(checks.fault("sizes", "those of a chain", list(sizes), remedy))
         self.sizes = [(int(rows), int(columns)) for rows, columns in sizes]
         self.outputs, self.inputs = self.sizes[0][0], self.sizes[-1][1]
@@ -287,6 +287,9 @@ class _PackedSupport:
 
     def __init__(self, support: SparseSupport) -> None:
         rows, columns = support.size
+        if columns > 1 << 31:
+            expected = f"at most {1 << 31} for the native kernels"
+            raise ValueError(checks.fault("columns", expected, columns, "set WEFT_KERNELS=reference"))
         narrow = columns <= 1 << 16
         entries = support.columns.numel()
         with torch.inference_mode(mode=False), torch.no_grad():
@@ -331,7 +334,8 @@ def _apply_in_memory(x: Tensor, values: Tensor, packed: _Packed, bias: Tensor | 
         return None
     if bias is not None and bias.shape != (packed.outputs,):
         return None
-    out = x.new_empty((*shape[:-1], packed.outputs))
+    *batch_shape, inputs = shape
+    out = x.new_empty((*batch_shape, packed.outputs))
     dispatch.native.sparse_chain_apply(
         x.data_ptr(),
         values.data_ptr(),
@@ -339,7 +343,7 @@ def _apply_in_memory(x: Tensor, values: Tensor, packed: _Packed, bias: Tensor | 
         packed.count,
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        1 if len(shape) == 1 else math.prod(shape[:-1]),
+        x.numel() // inputs,
         torch.get_num_threads(),
     )
     return out

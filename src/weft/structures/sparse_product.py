@@ -275,11 +275,9 @@ class SparseProductMatrix(StructuredMatrix):
         self._widen_supports()  # the loaded indices may be others
 
     def forward(self, x: Tensor) -> Tensor:
-        checks.last_dimension(x, self.inputs)
         return sparse_chain_apply(x, self.values, self.chain)
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        checks.last_dimension(x, self.inputs)
         return sparse_chain_apply(x, self.values, self.chain, bias)
 
     def dense_factors(self) -> list[Tensor]:
