@@ -90,7 +90,7 @@ def test_a_convolution_and_an_unknown_cache_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape must be \(outputs, inputs\), got \(4, 3, 3, 3\)"):
         bench.compare_layers([LowRank(2).initialise((4, 3, 3, 3))])
     with pytest.raises(ValueError, match="cache must be one of 'warm', 'cold'"):
-        bench.compare_layers([], caches=["hot"])  # type: ignore[list-item]
+        bench.compare_layers([], caches=["hot"])
 
 
 def test_the_command_times_layers_and_writes_them_down(

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,7 @@ from weft.measure import (
 from weft.progress import track
 from weft.structures.base import Shape, Structure, StructuredMatrix
 
-Cache = Literal["warm", "cold"]
-CACHES: tuple[Cache, ...] = ("warm", "cold")
+CACHES = ("warm", "cold")
 BATCHES = (1, 16, 128)
 # Where the system does not say how large its caches are.
 _USUAL_CACHE = 64 * 2**20
@@ -59,7 +58,7 @@ class Comparison:
     shape: Shape
     batch: int
     threads: int
-    cache: Cache
+    cache: str
     dense: Timing
     structured: Timing
     multiply_adds: float | None = None
@@ -80,7 +79,7 @@ def compare_layers(
     *,
     batches: Sequence[int] = BATCHES,
     thread_counts: Sequence[int] = (1,),
-    caches: Sequence[Cache] = ("warm",),
+    caches: Sequence[str] = ("warm",),
     seconds: float = 1.0,
     shown: bool | None = None,
 ) -> list[Comparison]:
@@ -158,7 +157,7 @@ def compare_networks(
     name: str = "network",
     batches: Sequence[int] = BATCHES,
     thread_counts: Sequence[int] = (1,),
-    caches: Sequence[Cache] = ("warm",),
+    caches: Sequence[str] = ("warm",),
     seconds: float = 1.0,
     shown: bool | None = None,
 ) -> list[Comparison]:
@@ -256,7 +255,7 @@ def commit() -> str | None:
         return None
 
 
-def _before(cache: Cache) -> Callable[[], object] | None:
+def _before(cache: str) -> Callable[[], object] | None:
     """What to do before every call: nothing, or to fill the caches with numbers of no use."""
     if cache == "warm":
         return None
