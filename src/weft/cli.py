@@ -20,7 +20,7 @@ from weft.demo import demonstrate
 from weft.export.onnx import check_onnx, export_onnx
 from weft.export.torch_export import export_torch
 from weft.kernels import route
-from weft.measure import accuracy, environment
+from weft.measure import accuracy
 from weft.plan.advice import Advice, advise
 from weft.plan.allocate import METHODS, allocate
 from weft.plan.budget import Budget
