@@ -491,9 +491,10 @@ def runs_dense(multiply_adds: int, shape: Shape, geometry: Geometry) -> bool:
     """Whether a family that knows only matrices runs a convolution by the dense kernel, formed once.
 
     Then nothing but storage shrinks. Unfolding writes every input as often as the kernel covers it, and turns
-    the product into images again. For larger kernels that takes longer than the dense convolution, however
-    few the multiply-adds; for a kernel of one point it can be worth it. The benchmark
-    `convolution_latency.py` measures both routes.
+    the product into images again. For larger kernels that takes longer than the dense convolution in batches,
+    however few the multiply-adds (for single images of many channels it can pay, which this rule gives
+    away); for a kernel of one point it can be worth it. The benchmark `convolution_latency.py` measures both
+    routes.
 
     Args:
         multiply_adds: the member's, for one vector.
