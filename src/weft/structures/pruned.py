@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import checks
-from weft.kernels.dispatch import needs_plain_operations
+from weft.kernels.sparse import SparseChain, apply_factor, sparse_chain_apply
 from weft.numerics.gram import DenseGram, squared_error
 from weft.numerics.pruning import Among, Grid, Objective, Pattern, prune, reconstruct
 from weft.numerics.supports import decode_support, encode_support, pack_bits, unpack_bits
@@ -476,9 +476,6 @@ def _single(x: Tensor) -> torch.dtype:
 class _Entries(PrunedMatrix):
     """Single entries, row after row."""
 
-    _columns: Tensor
-    _rows: Tensor
-    _starts: Tensor
     _counts: Tensor
 
     def _unpack(self, structure: Pruned) -> None:
@@ -494,53 +491,48 @@ class _Entries(PrunedMatrix):
             places = (groups + positions).flatten()
         else:
             places = decode_support(self.support, self.outputs * self.inputs, count)
-        rows = places // self.inputs
-        counts = torch.bincount(rows, minlength=self.outputs)
+        counts = torch.bincount(places // self.inputs, minlength=self.outputs)
         self._longest = int(counts.max())
-        self._keep(
-            columns=(places % self.inputs).to(torch.int32),
-            rows=rows.to(torch.int32),
-            starts=(counts.cumsum(0) - counts).to(torch.int32),
-            counts=counts.to(torch.int32),
-        )
+        self._keep(counts=counts)
+        self.entries = SparseChain([(self.outputs, self.inputs)], counts, places % self.inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        checks.last_dimension(x, self.inputs)
-        return self._multiply(x, self._columns, self._rows, self._starts, self.outputs)
+        return self.affine(x, None)
 
-    def _multiply(
-        self, x: Tensor, gathered: Tensor, added: Tensor, starts: Tensor | None, size: int
-    ) -> Tensor:
-        hidden = x.reshape(-1, x.shape[-1]).T.to(_single(x)).contiguous()
-        values = self.values.flatten().to(hidden.dtype)
-        if starts is None or needs_plain_operations():
-            products = values[:, None] * hidden[gathered]
-            hidden = products.new_zeros(size, products.shape[1]).index_add(0, added, products)
-        else:
-            hidden = F.embedding_bag(gathered, hidden, starts, mode="sum", per_sample_weights=values)
-        return hidden.T.to(x.dtype).reshape(*x.shape[:-1], size)
+    def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        checks.last_dimension(x, self.inputs)
+        return sparse_chain_apply(x, self.values, self.entries, bias)
 
     def apply_transposed(self, y: Tensor) -> Tensor:
-        return self._multiply(y, self._rows, self._columns, None, self.inputs)
+        support = self.entries.support(0)
+        hidden = y.reshape(-1, self.outputs).T.to(_single(y))
+        values = self.values.flatten()[support.order].to(hidden.dtype)
+        hidden = apply_factor(values, hidden, support.transposed())
+        return hidden.T.to(y.dtype).reshape(*y.shape[:-1], self.inputs)
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Row and column of every entry."""
+        support = self.entries.support(0)
+        return support.rows.to(torch.int64), support.columns.to(torch.int64)
 
     def to_dense(self) -> Tensor:
-        places = self._rows.to(torch.int64) * self.inputs + self._columns
+        rows, columns = self._places()
         flat = self.values.new_zeros(self.outputs * self.inputs)
-        return flat.scatter(0, places, self.values.flatten()).reshape(self.shape)
+        return flat.scatter(0, rows * self.inputs + columns, self.values.flatten()).reshape(self.shape)
 
     def rows(self, indices: Tensor) -> Tensor:
-        chosen = indices.reshape(-1)
+        chosen, support = indices.reshape(-1), self.entries.support(0)
         # Rows are padded to the longest: a mask instead of lengths keeps the shapes static.
         offset = torch.arange(self._longest, device=chosen.device)
-        place = (self._starts[chosen][:, None] + offset).clamp_max(self.values.numel() - 1).to(torch.int64)
+        place = (support.starts[chosen][:, None] + offset).clamp_max(self.values.numel() - 1).to(torch.int64)
         values = torch.where(offset < self._counts[chosen][:, None], self.values.flatten()[place], 0)
-        columns = self._columns[place].to(torch.int64)
+        columns = support.columns[place].to(torch.int64)
         picked = values.new_zeros(chosen.shape[0], self.inputs).scatter_add(1, columns, values)
         return picked.reshape(*indices.shape, self.inputs)
 
     def mask(self) -> Tensor:
         mask = torch.zeros(self.outputs, self.inputs, dtype=torch.bool, device=self.values.device)
-        mask[self._rows.to(torch.int64), self._columns.to(torch.int64)] = True
+        mask[self._places()] = True
         return mask
 
     def picture(self) -> list[Rectangle]:
