@@ -525,3 +525,17 @@ def test_plain_inference_takes_the_native_kernels(monkeypatch):
     with torch.inference_mode():
         quantized_apply(*trained)
     assert len(called) == 2
+
+
+def test_the_operations_themselves_refuse_sizes_that_do_not_fit() -> None:
+    codes = pack(torch.zeros(4, 16, dtype=torch.long), 4)
+    x, scales = torch.ones(2, 16), torch.ones(4, 1)
+    apply, look_up = torch.ops.weft.quantized_apply, torch.ops.weft.codebook_apply
+    assert apply(x, codes, scales, None, 4, 16, 16, None, False).shape == (2, 4)
+    for inputs, group, bad in ((32, 32, scales), (16, 8, scales), (16, 16, scales[:2])):
+        with pytest.raises(ValueError, match="must be of shape|bytes"):
+            apply(x, codes, bad, None, 4, group, inputs, None, False)
+    with pytest.raises(ValueError, match="codebook must be of shape"):
+        look_up(x, codes, torch.ones(1, 8), 4, 16, None)
+    with pytest.raises(ValueError, match="bias must be of shape"):
+        look_up(x, codes, torch.ones(1, 16), 4, 16, torch.ones(3))

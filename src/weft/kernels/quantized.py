@@ -517,12 +517,15 @@ def _anywhere(x, codes, scales, zeros, bits, group, inputs, bias, int8) -> Tenso
 
 
 def _on_host(x, codes, scales, zeros, bits, group, inputs, bias, int8) -> Tensor:
+    # The operation can be called by anyone: no size may reach native code unchecked.
+    _check_quantized(x, codes, scales, zeros, bits, group, inputs, bias, "int8" if int8 else "float")
     if dispatch.takes_raw_pointers(x, scales, zeros, bias) and dispatch.holds_bytes(codes):
         return _apply_in_memory(x, codes, scales, zeros, bits, group, inputs, bias, int8)
     return _anywhere(x, codes, scales, zeros, bits, group, inputs, bias, int8)
 
 
 def _codebook_on_host(x, codes, codebook, bits, inputs, bias) -> Tensor:
+    _check_codebook(x, codes, codebook, bits, inputs, bias)
     if dispatch.takes_raw_pointers(x, codebook, bias) and dispatch.holds_bytes(codes):
         return _look_up_in_memory(x, codes, codebook, bits, inputs, bias)
     return codebook_reference(x, codes, codebook, bits, inputs, bias)
