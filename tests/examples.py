@@ -40,6 +40,7 @@ class Example:
         exact_tolerance: relative, in float64.
         weighted_tolerance: how much worse, relatively, a weighted fit may be than the plain one in the
             weighted norm.
+        curve_tolerance: how far, relatively, a fit's error may be from that on the error curve.
         reason: why a tolerance differs or a law is not claimed.
     """
 
@@ -50,6 +51,7 @@ class Example:
     forward_tolerance: float = 1e-5
     exact_tolerance: float = 1e-9
     weighted_tolerance: float = 1e-5
+    curve_tolerance: float = 2e-2
     reason: str = ""
 
 
@@ -210,6 +212,8 @@ EXAMPLES = [
         "canonical_polyadic",
         lambda shape: CanonicalPolyadic(_quarter(shape)),
         monotone={"rank": (1, 2, 3, 5, 8)},
+        curve_tolerance=0.3,
+        reason="the curve starts every rank from the one before, a fit from nothing: other local minima",
     ),
     Example(
         "separable",

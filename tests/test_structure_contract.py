@@ -391,7 +391,7 @@ def test_the_error_curve_is_what_the_fits_give(example: Example, weighted: bool)
         member = point.structure.fit(weight, **grams)
         assert point.cost == member.cost()
         error = relative_error(weight, member.to_dense(), **grams)
-        assert error == pytest.approx(point.error, rel=2e-2, abs=1e-4)
+        assert error == pytest.approx(point.error, rel=example.curve_tolerance, abs=1e-4)
 
 
 @each_example
