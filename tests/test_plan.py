@@ -37,7 +37,7 @@ from weft.plan.sensitivity import (
     rank_correlation,
     squared_divergence,
 )
-from weft.structures.base import Candidate, Cost, Geometry, Structure
+from weft.structures.base import Candidate, Cost, Geometry
 from weft.structures.dense import Dense
 from weft.structures.low_rank import LowRank
 from weft.survey import LayerSurvey, Survey
