@@ -21,7 +21,6 @@ from weft.numerics.nearest_low_rank import errors_by_rank, nearest_of_rank
 from weft.numerics.rank_revealing_qr import rank_revealing_qr
 from weft.numerics.svd import randomized_svd, truncated_svd
 from weft.structures.base import (
-    CONVOLUTIONS,
     Candidate,
     Cost,
     Geometry,
@@ -30,8 +29,10 @@ from weft.structures.base import (
     Shape,
     Structure,
     StructuredMatrix,
+    channels_last,
     ladder,
     matrix_shape,
+    pointwise,
 )
 
 METHODS = ("svd", "randomized", "rrqr", "aca")
@@ -188,12 +189,12 @@ class LowRankMatrix(StructuredMatrix):
         return low_rank_apply(x, left, right if right.ndim == 2 else right.flatten(1), bias)
 
     def convolve(self, x: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
-        groups, space = geometry.groups, len(self.shape) - 2
-        folded = x.reshape(x.shape[0] * groups, -1, *x.shape[2:])  # groups share R: they join the batch
+        groups = geometry.groups
+        # Groups share R: they join the batch.
+        folded = channels_last(x if groups == 1 else x.reshape(x.shape[0] * groups, -1, *x.shape[2:]))
         hidden = geometry.convolve(folded, self.right, groups=1)
-        hidden = hidden.reshape(x.shape[0], -1, *hidden.shape[2:])
-        left = self.left.reshape(*self.left.shape, *(1,) * space)
-        return CONVOLUTIONS[space](hidden, left, bias, groups=groups)
+        hidden = hidden if groups == 1 else hidden.reshape(x.shape[0], -1, *hidden.shape[2:])
+        return pointwise(hidden, self.left, bias, groups)
 
     def to_dense(self) -> Tensor:
         return torch.tensordot(self.left, self.right, dims=1)
