@@ -25,6 +25,7 @@ KINDS = [
     Quantized(3, zero="free", group=10),
     Quantized(2, zero="between", group=15),
     Quantized(3, codebook="kmeans"),
+    Quantized(7, codebook="kmeans"),  # decoded once
     Quantized(2, codebook="kmeans_rows"),
     Quantized(1, codebook="binary"),
     Quantized(1, codebook="sign"),
