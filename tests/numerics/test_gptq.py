@@ -15,9 +15,8 @@ from weft.numerics.gptq import (
     round_with_feedback,
     uniform_levels,
 )
-from weft.numerics.gram import BlockDiagonalGram, DenseGram, squared_error
+from weft.numerics.gram import BlockDiagonalGram, DenseGram, inverse_root, squared_error
 from weft.numerics.kmeans import codebooks
-from weft.numerics.vector_quantisation import _inverse_root
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, DenseGram]:
@@ -51,7 +50,7 @@ def test_error_feedback_is_the_published_recursion() -> None:
         expected[:, column] = levels.snap(left[:, column], column)
         error = (left[:, column] - expected[:, column]) / inverse[0, 0]
         left[:, column:] -= error[:, None] * inverse[0]
-    got = round_with_feedback(matrix, levels, _inverse_root(metric))
+    got = round_with_feedback(matrix, levels, inverse_root(metric))
     torch.testing.assert_close(got, expected)
 
 
@@ -59,7 +58,7 @@ def test_an_order_is_that_of_permuted_columns() -> None:
     matrix, gram = problem(4, 10)
     levels = levels_of("uniform", matrix)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(5))
-    root = _inverse_root(gram.dense()[order][:, order])
+    root = inverse_root(gram.dense()[order][:, order])
     permuted = round_with_feedback(matrix[:, order], levels, root)
     assert torch.equal(round_with_feedback(matrix, levels, root, order)[:, order], permuted)
 

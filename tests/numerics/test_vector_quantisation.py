@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft.numerics.gram import DenseGram, DiagonalGram
+from weft.numerics.gram import DenseGram, DiagonalGram, inverse_root
 from weft.numerics.vector_quantisation import (
     Codes,
-    _inverse_root,
     _sweep,
     book_of,
     cluster,
@@ -72,15 +71,15 @@ def test_in_the_plain_norm_the_nearest_codeword_is_chosen() -> None:
 
 def test_the_inverse_root_is_upper_triangular_and_a_root() -> None:
     metric = gram_of(9).dense()
-    upper = _inverse_root(metric)
+    upper = inverse_root(metric)
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper.T @ upper, torch.linalg.inv(metric))
 
 
 def test_a_singular_metric_has_an_inverse_root_all_the_same() -> None:
     x = drawn(3, 9)
-    assert torch.isfinite(_inverse_root(x.T @ x)).all()
-    assert torch.isfinite(_inverse_root(torch.zeros(4, 4, dtype=torch.float64))).all()
+    assert torch.isfinite(inverse_root(x.T @ x)).all()
+    assert torch.isfinite(inverse_root(torch.zeros(4, 4, dtype=torch.float64))).all()
 
 
 def test_feedback_makes_up_for_errors_that_nearest_codes_leave() -> None:

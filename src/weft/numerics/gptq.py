@@ -21,9 +21,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from weft.numerics.gram import BlockDiagonalGram, DiagonalGram, Gram, squared_error
+from weft.numerics.gram import BlockDiagonalGram, DiagonalGram, Gram, inverse_root, squared_error
 from weft.numerics.kmeans import nearest_level
-from weft.numerics.vector_quantisation import _inverse_root
 
 __all__ = ["Codebook", "Levels", "Uniform", "descend", "quantise", "round_with_feedback", "uniform_levels"]
 
@@ -387,7 +386,7 @@ def quantise(
     else:
         dense = input_gram.dense()
         order = torch.argsort(dense.diagonal(), descending=True) if by_importance else None
-        root = _inverse_root(dense if order is None else dense[order][:, order]).to(matrix)
+        root = inverse_root(dense if order is None else dense[order][:, order]).to(matrix)
         metric = dense.to(matrix)
         rounded = [round_with_feedback(matrix, levels, root, order) for levels in starts]
         pairs = [(levels.encode(part), levels) for part, levels in zip(rounded, starts, strict=True)]

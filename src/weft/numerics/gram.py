@@ -11,6 +11,7 @@ matrix).
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from functools import cached_property
 
@@ -110,6 +111,25 @@ def _root(metric: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(metric)
     values = values.clamp_min(_SINGULAR * values.max().clamp_min(torch.finfo(values.dtype).tiny))
     return vectors * values.sqrt(), vectors.T / values.sqrt()[:, None]
+
+
+def inverse_root(metric: Tensor) -> Tensor:
+    """Upper triangular U with UᵀU = Ĝ⁻¹; a singular metric gets the ridge that makes it invertible.
+
+    Args:
+        metric: Ĝ, shape (size, size).
+
+    Returns:
+        U, of the same shape and dtype.
+    """
+    size, ridge = float(metric.diagonal().mean()) or 1.0, 0.0
+    identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    while True:
+        # Of the mirrored metric's lower factor: Ĝ = U⁻¹U⁻ᵀ with U⁻¹ upper triangular.
+        factor, fails = torch.linalg.cholesky_ex((metric + ridge * size * identity).flip(0, 1))
+        if not fails and bool(factor.diagonal().min() > 1e-7 * math.sqrt(size)):
+            return torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
+        ridge = max(10 * ridge, 1e-9)
 
 
 class DenseGram(Gram):

@@ -10,7 +10,6 @@ subspace, every error handed on to the columns still open; then by coordinate de
 others; and between sweeps codebooks and scales are solved for, the choices being given.
 """
 
-import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from weft.numerics.gauss_newton import refine
-from weft.numerics.gram import DiagonalGram, Gram, squared_error
+from weft.numerics.gram import DiagonalGram, Gram, inverse_root, squared_error
 
 __all__ = ["Codes", "cluster", "nearest", "quantise", "with_feedback"]
 
@@ -294,7 +293,7 @@ def with_feedback(matrix: Tensor, codes: Codes, metric: Tensor) -> Codes:
     """
     rows, subspaces = codes.codes.shape
     width, owner = matrix.shape[1] // subspaces, codes.books()
-    upper = _inverse_root(metric).to(matrix)
+    upper = inverse_root(metric).to(matrix)
     scales, open_part = _safe(codes.scales)[:, None], matrix.clone()
     chosen = torch.empty_like(codes.codes)
     for subspace in range(subspaces):
@@ -307,18 +306,6 @@ def with_feedback(matrix: Tensor, codes: Codes, metric: Tensor) -> Codes:
         passed_on = (open_part[:, columns] - codebook[code] * scales) @ root
         open_part[:, columns.stop :] -= passed_on @ upper[columns, columns.stop :]
     return replace(codes, codes=chosen)
-
-
-def _inverse_root(metric: Tensor) -> Tensor:
-    """Upper triangular U with UᵀU = Ĝ⁻¹; a singular metric gets the ridge that makes it invertible."""
-    size, ridge = float(metric.diagonal().mean()) or 1.0, 0.0
-    identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    while True:
-        # Of the mirrored metric's lower factor: Ĝ = U⁻¹U⁻ᵀ with U⁻¹ upper triangular.
-        factor, fails = torch.linalg.cholesky_ex((metric + ridge * size * identity).flip(0, 1))
-        if not fails and bool(factor.diagonal().min() > 1e-7 * math.sqrt(size)):
-            return torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
-        ridge = max(10 * ridge, 1e-9)
 
 
 def _sweep(matrix: Tensor, codes: Codes, metric: Tensor) -> Codes:

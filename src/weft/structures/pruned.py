@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from weft import checks
 from weft.kernels.sparse import SparseChain, apply_factor, sparse_chain_apply
-from weft.numerics.gram import DenseGram, squared_error
+from weft.numerics.factor_target import factor_target, product_of
+from weft.numerics.gram import squared_error
 from weft.numerics.pruning import Among, Grid, Objective, Pattern, prune, reconstruct
 from weft.numerics.supports import decode_support, encode_support, pack_bits, unpack_bits
 from weft.structures.base import (
@@ -277,9 +278,6 @@ class Pruned(Structure):
     ) -> "dict[str, PrunedMatrix]":
         """Prunes one factor after the other, each in the metric that the others leave it, for some sweeps.
 
-        With P the product of the factors before X and S of those after it, X serves as well as it is near to
-        T = (PᵀHP)⁻¹ PᵀHW GSᵀ (SGSᵀ)⁻¹ in the metric of PᵀHP and SGSᵀ.
-
         Returns:
             The pruned factors by name.
         """
@@ -294,17 +292,7 @@ class Pruned(Structure):
                 name = names[index]
                 before = [dense[other] for other in names[:index]]
                 after = [dense[other] for other in names[index + 1 :]]
-                target, rows, columns = matrix, output_gram, mean
-                if before:
-                    left = _product(before)
-                    carried = left if output_gram is None else output_gram.matmul(left.T).T
-                    rows = DenseGram(left.T @ carried, shrinkage=0.0)
-                    target = _solve(rows.moment, carried.T @ target)
-                if after:
-                    right = _product(after)
-                    carried = right if mean is None else mean.matmul(right)
-                    columns = DenseGram(carried @ right.T, shrinkage=0.0)
-                    target = _solve(columns.moment, carried @ target.T).T
+                target, columns, rows = factor_target(matrix, before, after, mean, output_gram)
                 if not self.reconstruct:
                     target = dense[name]
                 structure, part = parts[name]
@@ -399,19 +387,6 @@ class Pruned(Structure):
             error = math.sqrt(max(objective.error(values), 0.0) / size) if size > 0 else 0.0
             curve.append(Candidate(structure, member.cost(geometry), error))
         return curve
-
-
-def _product(factors: list[Tensor]) -> Tensor:
-    product, *others = factors
-    for factor in others:
-        product = product @ factor
-    return product
-
-
-def _solve(metric: Tensor, right_side: Tensor) -> Tensor:
-    """A⁻¹ B for a positive semidefinite A, in the least-squares sense where it is singular."""
-    solution = torch.linalg.lstsq(metric, right_side.to(torch.float64), driver="gelsd").solution
-    return solution.to(right_side)
 
 
 def _bits(group: int) -> int:
@@ -741,7 +716,7 @@ class PrunedChain(StructuredMatrix):
         return x
 
     def to_dense(self) -> Tensor:
-        return _product([factor.to_dense().flatten(1) for factor in self._factors()]).reshape(self.shape)
+        return product_of([factor.to_dense().flatten(1) for factor in self._factors()]).reshape(self.shape)
 
     def rows(self, indices: Tensor) -> Tensor:
         first, *others = self._factors()

@@ -32,9 +32,10 @@ from weft.kernels.quantized import (
     row_bytes,
     unpack,
 )
+from weft.numerics.factor_target import factor_target, product_of
 from weft.numerics.gauss_newton import refine
 from weft.numerics.gptq import Codebook, Levels, Uniform, quantise, uniform_levels
-from weft.numerics.gram import DenseGram, squared_error
+from weft.numerics.gram import squared_error
 from weft.numerics.kmeans import binary_scale, codebooks, nearest_level, ternary_scale
 from weft.structures.base import (
     Geometry,
@@ -345,9 +346,7 @@ class Quantized(Structure):
     ) -> "QuantizedChain":
         """Quantises one factor after the other, each in the metric that the others leave it.
 
-        With P the product of the factors before X and S of those after it, X serves as well as it is near to
-        T = (PᵀHP)⁻¹ PᵀHW GSᵀ (SGSᵀ)⁻¹ in the metric of PᵀHP and SGSᵀ. So every factor makes up for what the
-        rounding of the others lost.
+        So every factor makes up for what the rounding of the others lost.
 
         Returns:
             The best of the sweeps.
@@ -361,24 +360,16 @@ class Quantized(Structure):
         for _ in range(_SWEEPS if self.rounding == "feedback" else 1):
             for index in reversed(range(len(names))):
                 name = names[index]
-                target, rows, columns = matrix, output_gram, mean
-                if index:
-                    left = _product([dense[other] for other in names[:index]])
-                    carried = left if output_gram is None else output_gram.matmul(left.T).T
-                    rows = DenseGram(left.T @ carried, shrinkage=0.0)
-                    target = _solve(rows.moment, carried.T @ target)
-                if index + 1 < len(names):
-                    right = _product([dense[other] for other in names[index + 1 :]])
-                    carried = right if mean is None else mean.matmul(right)
-                    columns = DenseGram(carried @ right.T, shrinkage=0.0)
-                    target = _solve(columns.moment, carried @ target.T).T
+                before = [dense[other] for other in names[:index]]
+                after = [dense[other] for other in names[index + 1 :]]
+                target, columns, rows = factor_target(matrix, before, after, mean, output_gram)
                 structure, part = parts[name]
                 if self.rounding == "nearest":
                     target, rows, columns = dense[name], None, None
                 member = structure._quantise(target.reshape(part).contiguous(), columns, rows)
                 members[name] = member
                 dense[name] = member.to_dense().detach().flatten(1)
-            product = _product([dense[name] for name in names])
+            product = product_of([dense[name] for name in names])
             error = float(squared_error(matrix - product, input_gram, output_gram))
             if best is None or error < best[0]:
                 best = error, dict(members)
@@ -545,19 +536,6 @@ def _as_matrix(tensor: Tensor) -> Tensor | None:
         return None
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return tensor.detach().to(dtype).reshape(_matrix_sizes(tuple(tensor.shape)))
-
-
-def _product(factors: list[Tensor]) -> Tensor:
-    product, *others = factors
-    for factor in others:
-        product = product @ factor
-    return product
-
-
-def _solve(metric: Tensor, right_side: Tensor) -> Tensor:
-    """A⁻¹ B for a positive semidefinite A, in the least-squares sense where it is singular."""
-    solution = torch.linalg.lstsq(metric, right_side.to(torch.float64), driver="gelsd").solution
-    return solution.to(right_side)
 
 
 def _unit_columns(factors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -842,7 +820,7 @@ class _Chain(StructuredMatrix):
 
     def to_dense(self) -> Tensor:
         factors = [factor.to_dense().flatten(1) for factor in self._factors()]
-        return _product([_wide(factor) for factor in factors]).to(factors[0].dtype).reshape(self.shape)
+        return product_of([_wide(factor) for factor in factors]).to(factors[0].dtype).reshape(self.shape)
 
     def rows(self, indices: Tensor) -> Tensor:
         first, *others = self._factors()

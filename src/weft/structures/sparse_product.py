@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weft import checks
 from weft.kernels.sparse import SparseChain, apply_factor, sparse_chain_apply
+from weft.numerics.factor_target import product_of
 from weft.numerics.gram import DiagonalGram, squared_error
 from weft.numerics.palm4msa import Metric, SparseFactorisation, hierarchical, palm4msa, refit, splitting
 from weft.structures.base import (
@@ -290,10 +291,7 @@ class SparseProductMatrix(StructuredMatrix):
         return factors
 
     def to_dense(self) -> Tensor:
-        product, *others = self.dense_factors()
-        for factor in others:
-            product = product @ factor
-        return product.reshape(self.shape)
+        return product_of(self.dense_factors()).reshape(self.shape)
 
     def rows(self, indices: Tensor) -> Tensor:
         chosen = indices.reshape(-1)
