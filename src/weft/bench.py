@@ -20,14 +20,10 @@ from weft.layers.linear import StructuredLinear
 from weft.measure import (
     Batch,
     Timing,
-    call,
-    device_of,
     environment,
-    evaluating,
-    repeat_to,
+    latencies,
     threads,
     time_alternating,
-    to_device,
 )
 from weft.progress import track
 from weft.structures.base import Shape, Structure, StructuredMatrix
@@ -181,21 +177,18 @@ def compare_networks(
         checks.one_of("cache", cache, CACHES)
     wanted = [(count, batch, cache) for count in thread_counts for batch in batches for cache in caches]
     rows = []
-    with evaluating(dense), evaluating(structured), torch.inference_mode():
-        for count, batch, cache in track(wanted, "timing", shown=shown):
-            given = repeat_to(sample, batch)
-            on_dense, on_structured = (to_device(given, device_of(model)) for model in (dense, structured))
-            with threads(count):
-                timed = time_alternating(
-                    {
-                        "dense": lambda given=on_dense: call(dense, given),
-                        "structured": lambda given=on_structured: call(structured, given),
-                    },
-                    seconds=seconds,
-                    device=device_of(dense),
-                    before=_before(cache),
-                )
-            rows.append(Comparison(name, (), batch, count, cache, timed["dense"], timed["structured"]))
+    for count, batch, cache in track(wanted, "timing", shown=shown):
+        (row,) = latencies(
+            dense,
+            structured,
+            sample,
+            batches=[batch],
+            thread_counts=[count],
+            seconds=seconds,
+            before=_before(cache),
+            shown=False,
+        )
+        rows.append(Comparison(name, (), batch, count, cache, row.dense, row.compressed))
     return rows
 
 

@@ -653,6 +653,7 @@ def latencies(
     batches: Sequence[int] = (1, 128),
     thread_counts: Sequence[int] | None = None,
     seconds: float = 1.0,
+    before: Callable[[], object] | None = None,
     shown: bool | None = None,
 ) -> list[Latency]:
     """Times two networks in turns.
@@ -664,6 +665,7 @@ def latencies(
         batches: samples per call.
         thread_counts: torch's thread counts; where None, the current one.
         seconds: about how long to measure per combination.
+        before: called before every timed call, outside the time.
         shown: whether to draw a progress bar; where None, only on a terminal.
 
     Returns:
@@ -683,6 +685,7 @@ def latencies(
                     },
                     seconds=seconds,
                     device=device_of(dense),
+                    before=before,
                 )
             rows.append(Latency(size, count, timed["dense"], timed["compressed"]))
     return rows

@@ -417,6 +417,25 @@ def _patches(x: Tensor, strides: Sequence[int], kernel: Sequence[int], geometry:
     return x.permute(order).reshape(geometry.groups, -1, x.shape[2] * math.prod(kernel))
 
 
+def input_vectors(x: Tensor, shape: Sequence[int], geometry: Geometry | None) -> Iterator[Tensor]:
+    """What a layer's matrix is applied to, few vectors at a time.
+
+    Args:
+        x: the layer's input: shape (*batch, inputs), or images with or without the batch axis.
+        shape: the weight's shape.
+        geometry: the convolution's; None for a linear layer.
+
+    Yields:
+        Pieces of shape (groups, count, inputs).
+    """
+    if geometry is None:
+        vectors = x.reshape(1, -1, shape[1])
+        yield from vectors.split(max(1, PIECE // shape[1]), dim=1)
+        return
+    images = x if x.ndim == len(shape) else x.unsqueeze(0)
+    yield from patches_in_pieces(images, shape[2:], geometry)
+
+
 class _Moments:
     """Accumulates the moments of one weight over batches, in float64."""
 
@@ -441,19 +460,16 @@ class _Moments:
 
     def add_input(self, x: Tensor, geometry: Geometry | None) -> None:
         """Adds a layer's input; layers that share the weight may have other strides or dilations."""
-        _, inputs = matrix_shape(self.layer.shape)
+        shape = self.layer.shape
         if geometry is None:
-            vectors = x.reshape(-1, inputs)
-            self.applications += len(vectors)
-            for piece in vectors.split(max(1, PIECE // inputs)):
-                self._add_vectors(piece.unsqueeze(0))
-            return
-        kernel = self.layer.shape[2:]
-        x = x if x.ndim == len(self.layer.shape) else x.unsqueeze(0)
-        if geometry == self.layer.geometry:
-            self.input_size = tuple(x.shape[2:])
-        self.applications += len(x) * replace(geometry, input_size=tuple(x.shape[2:])).positions(kernel)
-        for piece in patches_in_pieces(x, kernel, geometry):
+            self.applications += x.numel() // shape[1]
+        else:
+            space = len(shape) - 2
+            size, images = tuple(x.shape[-space:]), x.shape[0] if x.ndim == len(shape) else 1
+            if geometry == self.layer.geometry:
+                self.input_size = size
+            self.applications += images * replace(geometry, input_size=size).positions(shape[2:])
+        for piece in input_vectors(x, shape, geometry):
             self._add_vectors(piece)
 
     def _add_vectors(self, vectors: Tensor) -> None:

@@ -44,42 +44,25 @@ class CurveCache:
         self.folder = Path(folder) / "curves"
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def key(
-        self,
-        weight: Tensor,
-        input_gram: Gram | None,
-        output_gram: Gram | None,
-        geometry: Geometry | None,
-        family: type[Structure],
-        ladder: Sequence[Structure],
-    ) -> str:
+    @staticmethod
+    def key(content: str, family: type[Structure], ladder: Sequence[Structure]) -> str:
         """The name of a curve.
 
         Args:
-            weight: W.
-            input_gram: Ĝ.
-            output_gram: H.
-            geometry: the convolution's.
+            content: what the layer consists of, from `layer_digest`.
             family: whose curve.
             ladder: its candidates.
 
         Returns:
             A hexadecimal number.
         """
-        content = hashlib.sha256(_code_digest().encode())
-        parts = [
+        parts = (
+            _code_digest(),
+            content,
             f"{family.__module__}.{family.__qualname__}",
-            str(weight.dtype),
-            str(tuple(weight.shape)),
-            "" if input_gram is None else input_gram.digest(),
-            "" if output_gram is None else output_gram.digest(),
-            "" if geometry is None else json.dumps(asdict(geometry)),
             json.dumps([structure.to_json() for structure in ladder]),
-        ]
-        for part in parts:
-            content.update(f"{len(part)}:{part}".encode())
-        content.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return content.hexdigest()
+        )
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def load(self, key: str) -> list[Candidate] | None:
         """A curve, if it is kept.
@@ -114,6 +97,32 @@ class CurveCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.json"
+
+
+def layer_digest(
+    weight: Tensor, input_gram: Gram | None, output_gram: Gram | None, geometry: Geometry | None
+) -> str:
+    """A hash of what a layer's curves depend on, whatever the family.
+
+    Args:
+        weight: W.
+        input_gram: Ĝ.
+        output_gram: H.
+        geometry: the convolution's.
+
+    Returns:
+        A hexadecimal number.
+    """
+    parts = (
+        str(weight.dtype),
+        str(tuple(weight.shape)),
+        "" if input_gram is None else input_gram.digest(),
+        "" if output_gram is None else output_gram.digest(),
+        "" if geometry is None else json.dumps(asdict(geometry)),
+    )
+    content = hashlib.sha256("\n".join(parts).encode())
+    content.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
 
 
 @functools.cache

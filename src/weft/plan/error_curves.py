@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weft import checks
 from weft.plan.constraints import Constraints
-from weft.plan.curve_cache import CurveCache
+from weft.plan.curve_cache import CurveCache, layer_digest
 from weft.plan.workers import run
 from weft.progress import track
 from weft.structures.base import Candidate, Geometry, Gram, Structure
@@ -62,22 +62,33 @@ def error_curves(
     }
     found = {name: [Candidate(Dense(), layer.cost, 0.0)] for name, layer in survey.layers.items()}
 
+    contents: dict[str, str] = {}  # hashing a layer takes as long as its Gram is large: once for all families
+
+    def key_of(piece: "_Piece") -> str:
+        layer = piece.layer
+        if layer.name not in contents:
+            contents[layer.name] = layer_digest(
+                layer.weight, layer.input_gram, layer.output_gram, layer.geometry
+            )
+        ladder = list(piece.family.candidates(layer.shape, piece.inner))
+        return CurveCache.key(contents[layer.name], piece.family, ladder)
+
     def gather(pieces: list["_Piece"], description: str) -> None:
+        keys = [None if kept is None else key_of(piece) for piece in pieces]
         open_pieces = []
-        for piece in pieces:
-            curve = None if kept is None else kept.load(piece.key(kept))
+        for piece, key in zip(pieces, keys, strict=True):
+            curve = None if kept is None or key is None else kept.load(key)
             if curve is None:
-                open_pieces.append(piece)
+                open_pieces.append((piece, key))
             else:
                 piece.add(curve, found)
-        made: list[Callable[[], _Job]] = [piece.job for piece in open_pieces]
+        made: list[Callable[[], _Job]] = [piece.job for piece, _ in open_pieces]
         done = run(_curve, made, workers=workers, ray=ray)
         for number, points in track(done, description, total=len(made), shown=shown):
-            piece = open_pieces[number]
-            if kept is not None:
-                kept.save(piece.key(kept), points)
+            piece, key = open_pieces[number]
+            if kept is not None and key is not None:
+                kept.save(key, points)
             piece.add(points, found)
-            piece.release()
 
     gather(
         [
@@ -121,13 +132,6 @@ class _Piece:
     family: type[Structure]
     inner: tuple[Structure, ...]
 
-    def key(self, cache: CurveCache) -> str:
-        layer = self.layer
-        ladder = list(self.family.candidates(layer.shape, self.inner))
-        return cache.key(
-            layer.weight, layer.input_gram, layer.output_gram, layer.geometry, self.family, ladder
-        )
-
     def job(self) -> _Job:
         grams = tuple(
             None if gram is None else (type(gram), gram.moment.numpy(), gram.ridge)
@@ -144,11 +148,6 @@ class _Piece:
         found[layer.name] += [
             Candidate(point.structure, layer.per_sample(point.cost), point.error) for point in points
         ]
-
-    def release(self) -> None:
-        for gram in (self.layer.input_gram, self.layer.output_gram):
-            if gram is not None:
-                gram.release()
 
 
 def _curve(job: _Job) -> list[Candidate]:

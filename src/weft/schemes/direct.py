@@ -95,7 +95,8 @@ def compress(
         small, entry = _replace(small, layer, plan[name], target, correct_biases, generator)
         log.append(entry)
     if batches is not None and log:
-        restart_batch_norm(small, model)
+        if sequential:  # corrected along the way, for the layers that came after
+            restart_batch_norm(small, model)
         correct_batch_norm(small, model, batches, shown=shown)
     return Result(small, log)
 

@@ -11,7 +11,7 @@ With Ĉ = Cov(x, x̂) + ρI and Ĝ = Cov(x̂) + ρI the minimiser over all matri
 to a family is to be near to W̃ in the metric Ĝ. The bias takes up W m − Ŵ m̂.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from weft.layers.replace import geometry_of_layer
 from weft.measure import Batch, batch_size, call, device_of, evaluating, slow_attention_path, to_device
 from weft.numerics.gram import DEFAULT_SHRINKAGE, BlockDiagonalGram, DenseGram, Gram
 from weft.structures.base import Geometry, matrix_shape
-from weft.survey import PIECE, WIDEST_DENSE_GRAM, LayerSurvey, patches_in_pieces
+from weft.survey import WIDEST_DENSE_GRAM, LayerSurvey, input_vectors
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def sequential_target(
         theirs = _inputs_of(dense, layer, calls, batch)
         ours = _inputs_of(small, layer, calls, batch)
         for (x, geometry), (reached, _) in zip(theirs, ours, strict=True):
-            pieces = (_pieces(one, layer, geometry) for one in (x, reached))
+            pieces = (input_vectors(_real(one), layer.shape, geometry) for one in (x, reached))
             for exact, given in zip(*pieces, strict=True):
                 own += (given.mT @ given).double()
                 cross += (exact.mT @ given).double()
@@ -178,12 +178,6 @@ def _inputs_of(
     return caught
 
 
-def _pieces(x: Tensor, layer: LayerSurvey, geometry: Geometry | None) -> Iterator[Tensor]:
-    """A layer's inputs as vectors, few at a time: (groups, count, inputs), float32 or float64."""
-    x = (x if x.dtype == torch.float64 else x.float()).cpu()
-    if geometry is None:
-        vectors = x.reshape(1, -1, x.shape[-1])
-        yield from vectors.split(max(1, PIECE // x.shape[-1]), dim=1)
-        return
-    x = x if x.ndim == len(layer.shape) else x.unsqueeze(0)
-    yield from patches_in_pieces(x, layer.shape[2:], geometry)
+def _real(x: Tensor) -> Tensor:
+    """An input as it is summed up: float32 or float64, in host memory."""
+    return (x if x.dtype == torch.float64 else x.float()).cpu()
