@@ -22,108 +22,6 @@ T *at(std::uintptr_t address) {
     return reinterpret_cast<T *>(address);
 }
 
-// What the Python side of torch is asked for before every product. Asked from here it costs half as much, and
-// without torch's headers one build serves all versions of torch.
-struct Torch {
-    // Objects, taken from weft.kernels.dispatch.
-    PyObject *tensor, *parameter, *float32;
-    PyObject *is_grad_enabled, *intercepted;
-    // Questions, and each one's answer in a plain eager call.
-    PyObject *questions, *answers;
-    PyObject *forward_mode, *no_level;  // a module, and its level where forward-mode differentiation is off
-    // Names.
-    PyObject *dtype, *is_cpu, *requires_grad, *is_contiguous, *is_neg, *data_ptr, *numel, *shape, *new_empty, *level;
-};
-
-Torch torch;  // nothing is known until know_torch
-
-void know_torch(nb::object tensor, nb::object parameter, nb::object float32, nb::object is_grad_enabled,
-                nb::object intercepted, nb::tuple questions, nb::tuple answers, nb::object forward_mode) {
-    torch.tensor = tensor.release().ptr();
-    torch.parameter = parameter.release().ptr();
-    torch.float32 = float32.release().ptr();
-    torch.is_grad_enabled = is_grad_enabled.release().ptr();
-    torch.intercepted = intercepted.release().ptr();
-    torch.questions = questions.release().ptr();
-    torch.answers = answers.release().ptr();
-    torch.forward_mode = forward_mode.release().ptr();
-    torch.no_level = PyLong_FromLong(-1);
-    torch.level = PyUnicode_InternFromString("_current_level");
-    torch.dtype = PyUnicode_InternFromString("dtype");
-    torch.is_cpu = PyUnicode_InternFromString("is_cpu");
-    torch.requires_grad = PyUnicode_InternFromString("requires_grad");
-    torch.is_contiguous = PyUnicode_InternFromString("is_contiguous");
-    torch.is_neg = PyUnicode_InternFromString("is_neg");
-    torch.data_ptr = PyUnicode_InternFromString("data_ptr");
-    torch.numel = PyUnicode_InternFromString("numel");
-    torch.shape = PyUnicode_InternFromString("shape");
-    torch.new_empty = PyUnicode_InternFromString("new_empty");
-}
-
-// 1 where `found`, whose reference it takes, is `wanted`, 0 where it is not, -1 with an exception set.
-int is(PyObject *found, PyObject *wanted) {
-    if (found == nullptr) return -1;
-    Py_DECREF(found);
-    return found == wanted ? 1 : 0;
-}
-
-// 1 where a tensor is one of PyTorch's own, contiguous float32 in host memory and needs no gradient that is
-// recorded; 0 where it is not, -1 with an exception set.
-int is_plain(PyObject *tensor, bool recording) {
-    PyObject *type = reinterpret_cast<PyObject *>(Py_TYPE(tensor));
-    if (type != torch.tensor && type != torch.parameter) return 0;  // a subclass may keep its values elsewhere
-    int yes = is(PyObject_GetAttr(tensor, torch.dtype), torch.float32);
-    if (yes == 1) yes = is(PyObject_GetAttr(tensor, torch.is_cpu), Py_True);
-    if (yes == 1) yes = is(PyObject_CallMethodNoArgs(tensor, torch.is_contiguous), Py_True);
-    // A lazy sign, which the memory does not show.
-    if (yes == 1) yes = is(PyObject_CallMethodNoArgs(tensor, torch.is_neg), Py_False);
-    if (yes == 1 && recording) yes = is(PyObject_GetAttr(tensor, torch.requires_grad), Py_False);
-    return yes;
-}
-
-// The guard that weft.kernels.dispatch.takes_raw_pointers describes; -1 with an exception set.
-int takes_raw_pointers(PyObject *const *tensors, Py_ssize_t count) {
-    if (torch.tensor == nullptr) {
-        PyErr_SetString(PyExc_RuntimeError, "know_torch must be called first");
-        return -1;
-    }
-    int yes = is(PyObject_Vectorcall(torch.intercepted, tensors, static_cast<std::size_t>(count), nullptr), Py_False);
-    // None, False and small numbers are the same objects everywhere.
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch.questions) && yes == 1; ++i)
-        yes = is(PyObject_CallNoArgs(PyTuple_GET_ITEM(torch.questions, i)), PyTuple_GET_ITEM(torch.answers, i));
-    if (yes == 1) yes = is(PyObject_GetAttr(torch.forward_mode, torch.level), torch.no_level);
-    if (yes != 1) return yes;
-    PyObject *recording = PyObject_CallNoArgs(torch.is_grad_enabled);
-    if (recording == nullptr) return -1;
-    Py_DECREF(recording);
-    for (Py_ssize_t i = 0; i < count && yes == 1; ++i)
-        if (tensors[i] != Py_None) yes = is_plain(tensors[i], recording == Py_True);
-    return yes;
-}
-
-PyObject *takes_raw_pointers_function(PyObject *, PyObject *const *tensors, Py_ssize_t count) {
-    const int yes = takes_raw_pointers(tensors, count);
-    return yes < 0 ? nullptr : PyBool_FromLong(yes);
-}
-
-// A method's whole number; -1 with an exception set.
-long long number(PyObject *tensor, PyObject *method) {
-    PyObject *found = PyObject_CallMethodNoArgs(tensor, method);
-    if (found == nullptr) return -1;
-    const long long value = PyLong_AsLongLong(found);
-    Py_DECREF(found);
-    return value;
-}
-
-// Addresses may use all bits; null and an exception set on failure.
-bool address(PyObject *tensor, std::uintptr_t &out) {
-    PyObject *found = PyObject_CallMethodNoArgs(tensor, torch.data_ptr);
-    if (found == nullptr) return false;
-    out = static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(found));
-    Py_DECREF(found);
-    return PyErr_Occurred() == nullptr;
-}
-
 // A reference that is given back at the end of its scope.
 class Owned {
 public:
@@ -143,49 +41,266 @@ private:
     PyObject *object_;
 };
 
-// A tensor's shape; only valid while it is not null, which means an exception is set.
-struct Shape {
-    Owned sizes;
+// How DLPack, version 1, lays out a tensor's description, and the table of functions that a class of tensors
+// shares through it. One call then tells all that torch's attributes tell one by one.
+namespace dlpack {
 
-    explicit Shape(PyObject *tensor) : sizes(PyObject_GetAttr(tensor, torch.shape)) {}
-    Py_ssize_t axes() const { return PyTuple_GET_SIZE(sizes.get()); }
-    PyObject *object(Py_ssize_t axis) const { return PyTuple_GET_ITEM(sizes.get(), axis); }
-    long long extent(Py_ssize_t axis) const { return PyLong_AsLongLong(object(axis)); }
+struct Tensor {
+    void *data;
+    std::int32_t device_type, device_id;
+    std::int32_t axes;
+    std::uint8_t type, bits;
+    std::uint16_t lanes;
+    std::int64_t *shape, *strides;
+    std::uint64_t byte_offset;
 };
+
+struct Exchange {
+    std::uint32_t major, minor;
+    Exchange *previous;
+    void *allocate, *give_away, *take;
+    int (*describe)(void *tensor, Tensor *out);  // null where the library does not offer it
+    void *current_stream;
+};
+
+constexpr std::int32_t host = 1;
+enum Type : std::uint8_t { unsigned_integer = 1, floating = 2 };
+
+}  // namespace dlpack
+
+// What the Python side of torch is asked for before every product. Asked from here it costs half as much, and
+// without torch's headers one build serves all versions of torch.
+struct Torch {
+    // Objects, taken from weft.kernels.dispatch.
+    PyObject *tensor, *parameter, *float32, *uint8;
+    PyObject *is_grad_enabled;
+    // Questions, and each one's answer in a plain eager call.
+    PyObject *questions, *answers;
+    PyObject *forward_mode, *no_level;  // a module, and its level where forward-mode differentiation is off
+    const dlpack::Exchange *exchange;   // null in versions of torch before 2.10: its attributes are asked instead
+    // Names.
+    PyObject *dtype, *is_cpu, *requires_grad, *is_contiguous, *is_neg, *data_ptr, *shape, *new_empty, *level;
+};
+
+Torch torch;  // nothing is known until know_torch
+
+const dlpack::Exchange *exchange_of(PyObject *tensor) {
+    const Owned capsule(PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__"));
+    void *found = capsule ? PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api") : nullptr;
+    PyErr_Clear();
+    auto *exchange = static_cast<dlpack::Exchange *>(found);
+    while (exchange != nullptr && exchange->major != 1) exchange = exchange->previous;
+    return exchange != nullptr && exchange->describe != nullptr ? exchange : nullptr;
+}
+
+void know_torch(nb::object tensor, nb::object parameter, nb::object float32, nb::object uint8,
+                nb::object is_grad_enabled, nb::tuple questions, nb::tuple answers, nb::object forward_mode,
+                bool by_exchange) {
+    torch.exchange = by_exchange ? exchange_of(tensor.ptr()) : nullptr;
+    torch.tensor = tensor.release().ptr();
+    torch.parameter = parameter.release().ptr();
+    torch.float32 = float32.release().ptr();
+    torch.uint8 = uint8.release().ptr();
+    torch.is_grad_enabled = is_grad_enabled.release().ptr();
+    torch.questions = questions.release().ptr();
+    torch.answers = answers.release().ptr();
+    torch.forward_mode = forward_mode.release().ptr();
+    torch.no_level = PyLong_FromLong(-1);
+    torch.level = PyUnicode_InternFromString("_current_level");
+    torch.dtype = PyUnicode_InternFromString("dtype");
+    torch.is_cpu = PyUnicode_InternFromString("is_cpu");
+    torch.requires_grad = PyUnicode_InternFromString("requires_grad");
+    torch.is_contiguous = PyUnicode_InternFromString("is_contiguous");
+    torch.is_neg = PyUnicode_InternFromString("is_neg");
+    torch.data_ptr = PyUnicode_InternFromString("data_ptr");
+    torch.shape = PyUnicode_InternFromString("shape");
+    torch.new_empty = PyUnicode_InternFromString("new_empty");
+}
+
+// 1 where `found`, whose reference it takes, is `wanted`, 0 where it is not, -1 with an exception set.
+int is(PyObject *found, PyObject *wanted) {
+    if (found == nullptr) return -1;
+    Py_DECREF(found);
+    return found == wanted ? 1 : 0;
+}
+
+// Whether an eager call stands alone, without tracer, transform or mode; -1 with an exception set. `recording` says
+// whether gradients are.
+int in_plain_eager(bool &recording) {
+    if (torch.tensor == nullptr) {
+        PyErr_SetString(PyExc_RuntimeError, "know_torch must be called first");
+        return -1;
+    }
+    int yes = 1;
+    // None, False and small numbers are the same objects everywhere.
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch.questions) && yes == 1; ++i)
+        yes = is(PyObject_CallNoArgs(PyTuple_GET_ITEM(torch.questions, i)), PyTuple_GET_ITEM(torch.answers, i));
+    if (yes == 1) yes = is(PyObject_GetAttr(torch.forward_mode, torch.level), torch.no_level);
+    if (yes != 1) return yes;
+    PyObject *grad = PyObject_CallNoArgs(torch.is_grad_enabled);
+    if (grad == nullptr) return -1;
+    recording = grad == Py_True;
+    Py_DECREF(grad);
+    return 1;
+}
+
+enum class Numbers { float32, uint8 };
 
 constexpr Py_ssize_t most_axes = 16;
 
-long long batch_of(const Shape &x) {
-    long long batch = 1;
-    for (Py_ssize_t axis = 0; axis + 1 < x.axes(); ++axis) batch *= x.extent(axis);
-    return batch;
+// A tensor that the kernels may read: contiguous in host memory.
+struct Plain {
+    std::uintptr_t data = 0;
+    Py_ssize_t axes = 0;
+    std::int64_t shape[most_axes];
+
+    std::int64_t last() const { return shape[axes - 1]; }
+    std::int64_t count() const { return before(axes); }
+    std::int64_t batch() const { return before(axes - 1); }
+    bool has_shape(std::int64_t rows, std::int64_t columns) const {
+        return axes == 2 && shape[0] == rows && shape[1] == columns;
+    }
+
+private:
+    std::int64_t before(Py_ssize_t end) const {
+        std::int64_t product = 1;
+        for (Py_ssize_t axis = 0; axis < end; ++axis) product *= shape[axis];
+        return product;
+    }
+};
+
+// Fills `out` by one call of torch's; 1, or 0 where the tensor is not as wanted.
+int describe(PyObject *tensor, Numbers wanted, Plain &out) {
+    dlpack::Tensor found;
+    if (torch.exchange->describe(tensor, &found) != 0) {
+        PyErr_Clear();  // nothing that DLPack can tell, hence nothing that the kernels can read
+        return 0;
+    }
+    const bool is_float = wanted == Numbers::float32;
+    if (found.type != (is_float ? dlpack::floating : dlpack::unsigned_integer) || found.bits != (is_float ? 32 : 8) ||
+        found.lanes != 1 || found.device_type != dlpack::host || found.axes > most_axes)
+        return 0;
+    out.axes = found.axes;
+    std::int64_t count = 1;
+    bool contiguous = true;
+    for (Py_ssize_t axis = out.axes - 1; axis >= 0; --axis) {
+        const std::int64_t extent = found.shape[axis];
+        out.shape[axis] = extent;
+        if (extent != 1 && found.strides != nullptr && found.strides[axis] != count) contiguous = false;
+        count *= extent;
+    }
+    out.data = reinterpret_cast<std::uintptr_t>(found.data) + static_cast<std::uintptr_t>(found.byte_offset);
+    return contiguous || count == 0;
 }
 
-// A new tensor of the input's shape but for the last extent; null and an exception set on failure.
-PyObject *new_result(PyObject *x, const Shape &shape, PyObject *outputs) {
+// The same by torch's attributes one after the other; -1 with an exception set.
+int describe_by_attributes(PyObject *tensor, Numbers wanted, Plain &out) {
+    int yes = is(PyObject_GetAttr(tensor, torch.dtype), wanted == Numbers::float32 ? torch.float32 : torch.uint8);
+    if (yes == 1) yes = is(PyObject_GetAttr(tensor, torch.is_cpu), Py_True);
+    if (yes == 1) yes = is(PyObject_CallMethodNoArgs(tensor, torch.is_contiguous), Py_True);
+    if (yes != 1) return yes;
+    const Owned sizes(PyObject_GetAttr(tensor, torch.shape)), place(PyObject_CallMethodNoArgs(tensor, torch.data_ptr));
+    if (!sizes || !place) return -1;
+    out.axes = PyTuple_GET_SIZE(sizes.get());
+    if (out.axes > most_axes) return 0;
+    for (Py_ssize_t axis = 0; axis < out.axes; ++axis)
+        out.shape[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.get(), axis));
+    out.data = static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(place.get()));  // addresses may use all bits
+    return PyErr_Occurred() == nullptr ? 1 : -1;
+}
+
+// 1 where a tensor is one of PyTorch's own, contiguous in host memory, of the wanted numbers, and needs no gradient
+// that is recorded; 0 where it is not, -1 with an exception set.
+int look_at(PyObject *tensor, Numbers wanted, bool recording, Plain &out) {
+    PyObject *type = reinterpret_cast<PyObject *>(Py_TYPE(tensor));
+    if (type != torch.tensor && type != torch.parameter) return 0;  // a subclass may keep its values elsewhere
+    int yes = torch.exchange != nullptr ? describe(tensor, wanted, out) : describe_by_attributes(tensor, wanted, out);
+    // A lazy sign, which the memory does not show.
+    if (yes == 1 && wanted == Numbers::float32) yes = is(PyObject_CallMethodNoArgs(tensor, torch.is_neg), Py_False);
+    if (yes == 1 && recording) yes = is(PyObject_GetAttr(tensor, torch.requires_grad), Py_False);
+    return yes;
+}
+
+// What one product reads: asks the guard that weft.kernels.dispatch.takes_raw_pointers describes, then tensor after
+// tensor, until one of them does not serve.
+class Arguments {
+public:
+    Arguments() : state_(in_plain_eager(recording_)) {}
+
+    // A tensor, as `Plain` says; without meaning once `serve` is false.
+    Plain tensor(PyObject *object, Numbers wanted = Numbers::float32) {
+        Plain out;
+        if (state_ == 1) state_ = look_at(object, wanted, recording_, out);
+        return out;
+    }
+    // The address of a vector of `extent` numbers, or 0 for None.
+    std::uintptr_t optional(PyObject *object, std::int64_t extent) {
+        if (object == Py_None) return 0;
+        const Plain found = tensor(object);
+        if (state_ == 1 && (found.axes != 1 || found.shape[0] != extent)) state_ = 0;
+        return found.data;
+    }
+    void require(bool condition) {
+        if (state_ == 1 && !condition) state_ = 0;
+    }
+    bool serve() const { return state_ == 1; }
+    // What a call returns that does not compute: None, or null with an exception set.
+    PyObject *declined() const {
+        if (state_ < 0) return nullptr;
+        Py_RETURN_NONE;
+    }
+
+private:
+    bool recording_ = false;
+    int state_;
+};
+
+PyObject *takes_raw_pointers(PyObject *, PyObject *const *tensors, Py_ssize_t count) {
+    Arguments arguments;
+    for (Py_ssize_t i = 0; i < count; ++i)
+        if (tensors[i] != Py_None) arguments.tensor(tensors[i]);
+    if (arguments.serve()) Py_RETURN_TRUE;
+    const Owned none(arguments.declined());
+    if (!none) return nullptr;
+    Py_RETURN_FALSE;
+}
+
+// A new tensor of the input's shape but for the last extent, and its address; null and an exception set on failure.
+PyObject *new_result(PyObject *x, const Plain &shape, std::int64_t outputs, std::uintptr_t &place) {
     PyObject *call[most_axes + 1] = {x};
-    for (Py_ssize_t axis = 0; axis + 1 < shape.axes(); ++axis) call[axis + 1] = shape.object(axis);
-    call[shape.axes()] = outputs;
-    return PyObject_VectorcallMethod(torch.new_empty, call, static_cast<std::size_t>(shape.axes() + 1), nullptr);
+    for (Py_ssize_t axis = 0; axis < shape.axes; ++axis) {
+        call[axis + 1] = PyLong_FromLongLong(axis + 1 < shape.axes ? shape.shape[axis] : outputs);
+        if (call[axis + 1] == nullptr) {
+            while (axis > 0) Py_DECREF(call[axis--]);
+            return nullptr;
+        }
+    }
+    Owned result(
+        PyObject_VectorcallMethod(torch.new_empty, call, static_cast<std::size_t>(shape.axes + 1), nullptr));
+    for (Py_ssize_t axis = 0; axis < shape.axes; ++axis) Py_DECREF(call[axis + 1]);
+    if (!result) return nullptr;
+    Plain made;
+    const int yes = look_at(result.get(), Numbers::float32, false, made);
+    if (yes < 0) return nullptr;
+    if (yes == 0 || made.count() != shape.batch() * outputs) {
+        PyErr_SetString(PyExc_RuntimeError, "new_empty gave another tensor than was asked for");
+        return nullptr;
+    }
+    place = made.data;
+    return result.release();
 }
 
-// 1 and its address where a bias is absent (0) or has `outputs` numbers, 0 where it has not, -1 on failure.
-int bias_address(PyObject *bias, long long outputs, std::uintptr_t &place) {
-    place = 0;
-    if (bias == Py_None) return 1;
-    const Shape shape(bias);
-    if (!shape.sizes) return -1;
-    if (shape.axes() != 1 || shape.extent(0) != outputs) return 0;
-    return address(bias, place) ? 1 : -1;
-}
-
-// Runs a product without Python's lock; the result, or null and MemoryError where scratch memory was missing.
+// Runs product(address of the result) without Python's lock. Returns the result; null and an exception set where
+// memory was missing.
 template <typename Product>
-PyObject *run_unlocked(Owned &out, Product &&product) {
+PyObject *run(PyObject *x, const Plain &shape, std::int64_t outputs, Product &&product) {
+    std::uintptr_t place = 0;
+    Owned out(new_result(x, shape, outputs, place));
+    if (!out) return nullptr;
     bool enough = true;
     Py_BEGIN_ALLOW_THREADS
     try {
-        product();
+        product(at<float>(place));
     } catch (const std::exception &) {  // of the scratch memory: nothing else throws
         enough = false;
     }
@@ -193,40 +308,36 @@ PyObject *run_unlocked(Owned &out, Product &&product) {
     return enough ? out.release() : PyErr_NoMemory();
 }
 
-// low_rank_apply(x, left, right, bias, largest_batch, threads)
-PyObject *low_rank_apply(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
-    if (count != 6) {
-        PyErr_SetString(PyExc_TypeError, "expected x, left, right, bias, largest_batch, threads");
-        return nullptr;
-    }
-    PyObject *x = arguments[0], *left = arguments[1], *right = arguments[2], *bias = arguments[3];
-    const int yes = takes_raw_pointers(arguments, 4);
-    if (yes < 0) return nullptr;
-    if (yes == 0) Py_RETURN_NONE;
-    const long long largest_batch = PyLong_AsLongLong(arguments[4]);
-    const long threads = PyLong_AsLong(arguments[5]);
-    if (PyErr_Occurred() != nullptr) return nullptr;
+// Whole numbers among the arguments.
+template <std::size_t count>
+bool whole_numbers(PyObject *const *from, std::int64_t (&out)[count]) {
+    for (std::size_t i = 0; i < count; ++i) out[i] = PyLong_AsLongLong(from[i]);
+    return PyErr_Occurred() == nullptr;
+}
 
-    const Shape shape(x), left_shape(left), right_shape(right);
-    if (!shape.sizes || !left_shape.sizes || !right_shape.sizes) return nullptr;
-    const Py_ssize_t axes = shape.axes();
-    if (axes < 1 || axes > most_axes || left_shape.axes() != 2 || right_shape.axes() != 2) Py_RETURN_NONE;
-    const long long batch = batch_of(shape), inputs = shape.extent(axes - 1);
-    const long long outputs = left_shape.extent(0), rank = left_shape.extent(1);
-    if (batch < 1 || batch > largest_batch || right_shape.extent(0) != rank || right_shape.extent(1) != inputs)
-        Py_RETURN_NONE;
-    std::uintptr_t x_at = 0, left_at = 0, right_at = 0, bias_at = 0, out_at = 0;
-    const int fits = bias_address(bias, outputs, bias_at);
-    if (fits < 0) return nullptr;
-    if (fits == 0) Py_RETURN_NONE;
-    Owned out(new_result(x, shape, left_shape.object(0)));
-    if (!out || !address(x, x_at) || !address(left, left_at) || !address(right, right_at) ||
-        !address(out.get(), out_at))
+bool wrong_count(Py_ssize_t got, Py_ssize_t wanted, const char *names) {
+    if (got != wanted) PyErr_Format(PyExc_TypeError, "expected %s", names);
+    return got != wanted;
+}
+
+// low_rank_apply(x, left, right, bias, largest_batch, threads)
+PyObject *low_rank_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
+    std::int64_t sizes[2];
+    if (wrong_count(count, 6, "x, left, right, bias, largest_batch, threads") || !whole_numbers(given + 4, sizes))
         return nullptr;
-    return run_unlocked(out, [&] {
-        weft::low_rank_apply({at<const float>(x_at), at<const float>(left_at), at<const float>(right_at),
-                              at<const float>(bias_at), at<float>(out_at), batch, inputs, rank, outputs},
-                             static_cast<int>(threads));
+    Arguments arguments;
+    const Plain x = arguments.tensor(given[0]), left = arguments.tensor(given[1]), right = arguments.tensor(given[2]);
+    if (!arguments.serve()) return arguments.declined();
+    arguments.require(x.axes >= 1 && left.axes == 2 && right.axes == 2);
+    if (!arguments.serve()) return arguments.declined();
+    const std::int64_t batch = x.batch(), outputs = left.shape[0], rank = left.shape[1];
+    const std::uintptr_t bias = arguments.optional(given[3], outputs);
+    arguments.require(batch >= 1 && batch <= sizes[0] && right.has_shape(rank, x.last()));
+    if (!arguments.serve()) return arguments.declined();
+    return run(given[0], x, outputs, [&](float *out) {
+        weft::low_rank_apply({at<const float>(x.data), at<const float>(left.data), at<const float>(right.data),
+                              at<const float>(bias), out, batch, x.last(), rank, outputs},
+                             static_cast<int>(sizes[1]));
     });
 }
 
@@ -234,103 +345,147 @@ constexpr Py_ssize_t most_matrices = 8;
 
 // block_sequence_apply(x, bias, matrices, sizes, code, inputs, outputs, threads): the whole eager call, from the
 // guard to the result, as one function; None where the arrays are not what the program reads.
-PyObject *block_sequence_apply(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
-    if (count != 8 || !PyList_Check(arguments[2]) || !PyList_Check(arguments[3])) {
-        PyErr_SetString(PyExc_TypeError, "expected x, bias, matrices, sizes, code, inputs, outputs, threads");
+PyObject *block_sequence_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
+    std::int64_t numbers[3];
+    if (wrong_count(count, 8, "x, bias, matrices, sizes, code, inputs, outputs, threads") ||
+        !whole_numbers(given + 5, numbers))
+        return nullptr;
+    const auto [inputs, outputs, threads] = numbers;
+    if (!PyList_Check(given[2]) || !PyList_Check(given[3]) || PyList_GET_SIZE(given[2]) > most_matrices ||
+        PyList_GET_SIZE(given[2]) != PyList_GET_SIZE(given[3])) {
+        PyErr_SetString(PyExc_ValueError, "expected as many matrices as sizes, at most 8, in lists");
         return nullptr;
     }
-    PyObject *x = arguments[0], *bias = arguments[1], *code = arguments[4];
-    const Py_ssize_t matrices = PyList_GET_SIZE(arguments[2]);
-    if (matrices > most_matrices || matrices != PyList_GET_SIZE(arguments[3])) {
-        PyErr_SetString(PyExc_ValueError, "expected as many matrices as sizes, at most 8");
-        return nullptr;
-    }
-    PyObject *tensors[most_matrices + 2] = {x, bias};
-    for (Py_ssize_t i = 0; i < matrices; ++i) tensors[i + 2] = PyList_GET_ITEM(arguments[2], i);
-    const int yes = takes_raw_pointers(tensors, matrices + 2);
-    if (yes < 0) return nullptr;
-    if (yes == 0) Py_RETURN_NONE;
-
-    const long long inputs = PyLong_AsLongLong(arguments[5]), outputs = PyLong_AsLongLong(arguments[6]);
-    const long threads = PyLong_AsLong(arguments[7]);
-    if (PyErr_Occurred() != nullptr) return nullptr;
+    Arguments arguments;
+    const Plain x = arguments.tensor(given[0]);
+    const std::uintptr_t bias = arguments.optional(given[1], outputs);
     const float *addresses[most_matrices];
-    std::uintptr_t place = 0;
-    for (Py_ssize_t i = 0; i < matrices; ++i) {
-        const long long size = PyLong_AsLongLong(PyList_GET_ITEM(arguments[3], i));
-        const long long got = tensors[i + 2] == Py_None ? -2 : number(tensors[i + 2], torch.numel);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given[2]); ++i) {
+        const Plain matrix = arguments.tensor(PyList_GET_ITEM(given[2], i));
+        if (!arguments.serve()) return arguments.declined();
+        const long long size = PyLong_AsLongLong(PyList_GET_ITEM(given[3], i));
         if (PyErr_Occurred() != nullptr) return nullptr;
-        if (got != size) Py_RETURN_NONE;
-        if (!address(tensors[i + 2], place)) return nullptr;
-        addresses[i] = at<const float>(place);
+        arguments.require(matrix.count() == size);
+        addresses[i] = at<const float>(matrix.data);
     }
-
-    std::uintptr_t x_at = 0, bias_at = 0, out_at = 0, code_at = 0;
-    const int fits = bias_address(bias, outputs, bias_at);
-    if (fits < 0) return nullptr;
-    if (fits == 0) Py_RETURN_NONE;
-    const Shape shape(x);
-    if (!shape.sizes) return nullptr;
-    const Py_ssize_t axes = shape.axes();
-    if (axes < 1 || axes > most_axes || shape.extent(axes - 1) != inputs) Py_RETURN_NONE;
-    Owned out(new_result(x, shape, arguments[6]));
-    if (!out || !address(x, x_at) || !address(out.get(), out_at) || !address(code, code_at)) return nullptr;
-    return run_unlocked(out, [&] {
-        weft::block_sequence_apply({at<const std::int64_t>(code_at), addresses, at<const float>(x_at),
-                                    at<const float>(bias_at), at<float>(out_at), batch_of(shape)},
+    arguments.require(x.axes >= 1 && x.axes <= most_axes && x.last() == inputs);
+    if (!arguments.serve()) return arguments.declined();
+    const Owned code(PyObject_CallMethodNoArgs(given[4], torch.data_ptr));
+    if (!code) return nullptr;
+    const auto code_at = static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(code.get()));
+    if (PyErr_Occurred() != nullptr) return nullptr;
+    return run(given[0], x, outputs, [&](float *out) {
+        weft::block_sequence_apply({at<const std::int64_t>(code_at), addresses, at<const float>(x.data),
+                                    at<const float>(bias), out, x.batch()},
                                    static_cast<int>(threads));
     });
 }
 
-weft::QuantizedMatrix quantized_matrix(std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros,
-                                       std::uintptr_t codebook, std::int64_t book_stride, std::int64_t inputs,
-                                       std::int64_t outputs, std::int64_t group, int bits) {
-    return {at<const std::uint8_t>(codes), at<const float>(scales), at<const float>(zeros),
-            at<const float>(codebook), book_stride, inputs, outputs, group, bits};
+// sparse_chain_apply(x, values, bias, table, count, entries, inputs, outputs, threads). `table`: the address of five
+// numbers per matrix: rows, columns, the addresses of its column indices and row starts, and whether the indices
+// have 16 bits. weft.kernels.sparse keeps it alive and in order.
+PyObject *sparse_chain_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
+    std::int64_t numbers[5];
+    if (wrong_count(count, 9, "x, values, bias, table, count, entries, inputs, outputs, threads") ||
+        !whole_numbers(given + 4, numbers))
+        return nullptr;
+    const auto [matrices, entries, inputs, outputs, threads] = numbers;
+    const auto table = static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(given[3]));
+    if (PyErr_Occurred() != nullptr) return nullptr;
+    Arguments arguments;
+    const Plain x = arguments.tensor(given[0]), values = arguments.tensor(given[1]);
+    const std::uintptr_t bias = arguments.optional(given[2], outputs);
+    if (!arguments.serve()) return arguments.declined();
+    arguments.require(x.axes >= 1 && x.last() == inputs && values.count() == entries);
+    if (!arguments.serve()) return arguments.declined();
+    return run(given[0], x, outputs, [&](float *out) {
+        std::vector<weft::SparseSupport> supports;
+        const auto *row = at<const std::int64_t>(table);
+        for (std::int64_t i = 0; i < matrices; ++i, row += 5)
+            supports.push_back({row[0], row[1], at<const void>(static_cast<std::uintptr_t>(row[2])),
+                                at<const std::int64_t>(static_cast<std::uintptr_t>(row[3])), row[4] != 0});
+        weft::sparse_chain_apply({at<const float>(x.data), at<const float>(values.data), supports.data(), matrices,
+                                  at<const float>(bias), out, x.batch()},
+                                 static_cast<int>(threads));
+    });
 }
 
-void quantized_apply(std::uintptr_t x, std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros,
-                     std::uintptr_t bias, std::uintptr_t out, std::int64_t batch, std::int64_t inputs,
-                     std::int64_t outputs, std::int64_t group, int bits, bool int8, int threads) {
-    nb::gil_scoped_release release;
-    const weft::QuantizedProduct product = {
-        quantized_matrix(codes, scales, zeros, 0, 0, inputs, outputs, group, bits), at<const float>(x),
-        at<const float>(bias), at<float>(out), batch};
-    if (int8) weft::quantized_int8(product, threads);
-    else weft::quantized_float(product, threads);
+// Rows of packed codes that are what the sizes say, else zero of them.
+std::int64_t rows_of_codes(Arguments &arguments, const Plain &codes, std::int64_t bits, std::int64_t inputs) {
+    arguments.require(bits >= 1 && bits <= 8 && inputs >= 1 && codes.axes == 2 &&
+                      codes.shape[1] == inputs / 8 * bits + (inputs % 8 * bits + 7) / 8);
+    return arguments.serve() ? codes.shape[0] : 0;
 }
 
-void codebook_apply(std::uintptr_t x, std::uintptr_t codes, std::uintptr_t codebook, std::int64_t book_stride,
-                    std::uintptr_t bias, std::uintptr_t out, std::int64_t batch, std::int64_t inputs,
-                    std::int64_t outputs, int bits, int threads) {
-    nb::gil_scoped_release release;
-    weft::quantized_float({quantized_matrix(codes, 0, 0, codebook, book_stride, inputs, outputs, inputs, bits),
-                           at<const float>(x), at<const float>(bias), at<float>(out), batch},
-                          threads);
+// quantized_apply(x, codes, scales, zeros, bias, bits, group, inputs, int8, largest_batch, threads)
+PyObject *quantized_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
+    std::int64_t numbers[6];
+    if (wrong_count(count, 11, "x, codes, scales, zeros, bias, bits, group, inputs, int8, largest_batch, threads") ||
+        !whole_numbers(given + 5, numbers))
+        return nullptr;
+    const auto [bits, group, inputs, int8, largest_batch, threads] = numbers;
+    Arguments arguments;
+    const Plain x = arguments.tensor(given[0]), codes = arguments.tensor(given[1], Numbers::uint8);
+    const Plain scales = arguments.tensor(given[2]);
+    const std::int64_t outputs = rows_of_codes(arguments, codes, bits, inputs);
+    const std::uintptr_t bias = arguments.optional(given[4], outputs);
+    // Whole groups of eight codes, as the kernels step.
+    arguments.require(group >= 1 && group <= inputs && inputs % group == 0 && (group == inputs || group % 8 == 0));
+    if (!arguments.serve()) return arguments.declined();
+    arguments.require(x.axes >= 1 && x.last() == inputs && scales.has_shape(outputs, inputs / group));
+    Plain zeros;
+    if (given[3] != Py_None) {
+        zeros = arguments.tensor(given[3]);
+        if (!arguments.serve()) return arguments.declined();
+        arguments.require(zeros.has_shape(outputs, inputs / group));
+    }
+    arguments.require(x.batch() <= largest_batch);
+    if (!arguments.serve()) return arguments.declined();
+    return run(given[0], x, outputs, [&](float *out) {
+        const weft::QuantizedProduct product = {
+            {at<const std::uint8_t>(codes.data), at<const float>(scales.data), at<const float>(zeros.data), nullptr, 0,
+             inputs, outputs, group, static_cast<int>(bits)},
+            at<const float>(x.data), at<const float>(bias), out, x.batch()};
+        if (int8 != 0) weft::quantized_int8(product, static_cast<int>(threads));
+        else weft::quantized_float(product, static_cast<int>(threads));
+    });
 }
 
+// codebook_apply(x, codes, codebook, bias, bits, inputs, largest_batch, threads)
+PyObject *codebook_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
+    std::int64_t numbers[4];
+    if (wrong_count(count, 8, "x, codes, codebook, bias, bits, inputs, largest_batch, threads") ||
+        !whole_numbers(given + 4, numbers))
+        return nullptr;
+    const auto [bits, inputs, largest_batch, threads] = numbers;
+    Arguments arguments;
+    const Plain x = arguments.tensor(given[0]), codes = arguments.tensor(given[1], Numbers::uint8);
+    const Plain book = arguments.tensor(given[2]);
+    const std::int64_t outputs = rows_of_codes(arguments, codes, bits, inputs);
+    const std::uintptr_t bias = arguments.optional(given[3], outputs);
+    if (!arguments.serve()) return arguments.declined();
+    const std::int64_t values = std::int64_t{1} << bits;
+    arguments.require(x.axes >= 1 && x.last() == inputs &&
+                      (book.has_shape(1, values) || book.has_shape(outputs, values)));
+    if (!arguments.serve()) return arguments.declined();
+    arguments.require(x.batch() <= largest_batch);
+    if (!arguments.serve()) return arguments.declined();
+    return run(given[0], x, outputs, [&](float *out) {
+        weft::quantized_float({{at<const std::uint8_t>(codes.data), nullptr, nullptr, at<const float>(book.data),
+                                book.shape[0] == 1 ? 0 : values, inputs, outputs, inputs, static_cast<int>(bits)},
+                               at<const float>(x.data), at<const float>(bias), out, x.batch()},
+                              static_cast<int>(threads));
+    });
+}
+
+// Arrays by their addresses, as weft.kernels.quantized checked them: for large batches, whose products cost more.
 void quantized_write(std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros, std::uintptr_t codebook,
                      std::int64_t book_stride, std::uintptr_t out, std::int64_t inputs, std::int64_t outputs,
                      std::int64_t group, int bits, int threads) {
     nb::gil_scoped_release release;
-    weft::quantized_write(
-        quantized_matrix(codes, scales, zeros, codebook, book_stride, inputs, outputs, group, bits),
-        at<float>(out), threads);
-}
-
-// `supports`: five numbers per matrix: rows, columns, the addresses of its column indices and row starts, and
-// whether the indices have 16 bits.
-void sparse_chain_apply(std::uintptr_t x, std::uintptr_t values, std::uintptr_t supports, std::int64_t count,
-                        std::uintptr_t bias, std::uintptr_t out, std::int64_t batch, int threads) {
-    nb::gil_scoped_release release;
-    std::vector<weft::SparseSupport> matrices;
-    const auto *row = at<const std::int64_t>(supports);
-    for (std::int64_t i = 0; i < count; ++i, row += 5)
-        matrices.push_back({row[0], row[1], at<const void>(static_cast<std::uintptr_t>(row[2])),
-                            at<const std::int64_t>(static_cast<std::uintptr_t>(row[3])), row[4] != 0});
-    weft::sparse_chain_apply({at<const float>(x), at<const float>(values), matrices.data(), count,
-                              at<const float>(bias), at<float>(out), batch},
-                             threads);
+    weft::quantized_write({at<const std::uint8_t>(codes), at<const float>(scales), at<const float>(zeros),
+                           at<const float>(codebook), book_stride, inputs, outputs, group, bits},
+                          at<float>(out), threads);
 }
 
 // Bound without nanobind, whose variable arguments would become a tuple on every call.
@@ -340,13 +495,21 @@ PyMethodDef fast(const char *name, const char *description) {
 }
 
 PyMethodDef fast_functions[] = {
-    fast<takes_raw_pointers_function>("takes_raw_pointers", "The guard of weft.kernels.dispatch, in one call."),
+    fast<takes_raw_pointers>("takes_raw_pointers", "The guard of weft.kernels.dispatch, in one call."),
     fast<low_rank_apply>("low_rank_apply",
-                         "(x, left, right, bias, largest_batch, threads) to (x rightᵀ) leftᵀ + bias, or None where it "
-                         "cannot be had here."),
+                         "(x, left, right, bias, largest_batch, threads) to (x rightᵀ) leftᵀ + bias; this and the "
+                         "following check all tensors and sizes, and give None where the call is not theirs."),
     fast<block_sequence_apply>("block_sequence_apply",
-                               "(x, bias, matrices, sizes, code, inputs, outputs, threads) to the program's product, or "
-                               "None where it cannot be had here."),
+                               "(x, bias, matrices, sizes, code, inputs, outputs, threads) to the program's product."),
+    fast<sparse_chain_apply>("sparse_chain_apply",
+                             "(x, values, bias, table, count, entries, inputs, outputs, threads) to "
+                             "x (S_1 ... S_count)ᵀ + bias."),
+    fast<quantized_apply>("quantized_apply",
+                          "(x, codes, scales, zeros, bias, bits, group, inputs, int8, largest_batch, threads) to "
+                          "x Ŵᵀ + bias for uniform codes; with vectors rounded to whole numbers where int8."),
+    fast<codebook_apply>("codebook_apply",
+                         "(x, codes, codebook, bias, bits, inputs, largest_batch, threads) to the same for codes of a "
+                         "codebook."),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
@@ -357,11 +520,5 @@ NB_MODULE(_native, module) {
     module.def("instructions", &weft::instructions_name, "Name of the instruction set in use.");
     module.def("use_instructions", &weft::use_instructions,
                "Uses the leaf kernels' copy of this name from now on; False where build or processor lack it.");
-    module.def("quantized_apply", &quantized_apply,
-               "out = x Ŵᵀ + bias for uniform codes, on float32 arrays given by their addresses (zeros and bias "
-               "may be 0); with vectors rounded to whole numbers where `int8`.");
-    module.def("codebook_apply", &codebook_apply, "The same for codes of a codebook (book_stride 0: one for all).");
-    module.def("quantized_write", &quantized_write, "out = Ŵ: the weights that codes stand for.");
-    module.def("sparse_chain_apply", &sparse_chain_apply,
-               "out = x (S_1 ... S_count)ᵀ + bias on float32 arrays given by their addresses (bias may be 0).");
+    module.def("quantized_write", &quantized_write, "out = Ŵ: the weights that codes stand for, by addresses.");
 }

@@ -170,7 +170,7 @@ def test_lazily_negated_input_keeps_its_sign():
 )
 def test_shapes_that_do_not_fit_raise(wrong):
     x, left, right, bias = factors((4,), 5, 7, 3)
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, ValueError)):
         kernels.low_rank_apply(**{"x": x, "left": left, "right": right, "bias": bias, **wrong})
 
 
@@ -348,6 +348,39 @@ def test_guard_admits_plain_inference_only():
         assert dispatch.takes_raw_pointers(x, weight, right, bias)
     with torch.inference_mode():
         assert dispatch.takes_raw_pointers(x, weight, right, bias)
+
+
+@needs_native
+def test_guard_without_the_exchange_of_descriptions_says_the_same():
+    """Older versions of torch are asked for one attribute after the other."""
+    x, left, right, bias = factors((3,), 5, 7, 2)
+    tensors = [
+        x,
+        torch.nn.Parameter(left),
+        x.T,
+        x.double(),
+        x.to("meta"),
+        x.as_subclass(type("Tagged", (torch.Tensor,), {})),
+        torch.zeros(0, 3).T,
+        torch.tensor(1.0),
+        torch.zeros(4, 1)[::2],
+        x.to_sparse(),
+    ]
+
+    def answers():
+        with torch.no_grad():
+            admitted = [dispatch.takes_raw_pointers(tensor) for tensor in tensors]
+            return admitted, kernels.low_rank_apply(x, left, right, bias)
+
+    by_exchange, expected = answers()
+    dispatch._introduce_torch(by_exchange=False)
+    try:
+        by_attributes, y = answers()
+    finally:
+        dispatch._introduce_torch(by_exchange=True)
+    assert by_exchange == by_attributes
+    assert by_exchange == [True, True, False, False, False, False, True, True, False, False]
+    assert torch.equal(y, expected)
 
 
 def test_eight_threads_at_once_get_their_own_results():

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,34 +64,47 @@ def route() -> str:
 
 # Bound once: looking the names up costs as much as calling them, and every call of every layer comes here.
 _is_compiling = torch.compiler.is_compiling
-_any_autocast = torch._C._is_any_autocast_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_level = peek_interpreter_stack
-_intercepted = torch._C._has_torch_function_variadic  # by a tensor subclass or by a function mode
-_is_grad_enabled = torch.is_grad_enabled
-_tracing_state = torch._C._get_tracing_state
-if native is not None:
+
+_Questions = tuple[tuple[Callable[[], object], object], ...]
+# Questions to PyTorch, each with its answer where no tracer or transform looks at an eager call; forward-mode
+# differentiation is asked for beside them, as its level is no function.
+_TRANSFORMS: _Questions = ((peek_interpreter_stack, None), (torch._C._get_tracing_state, None))
+# The same where no dispatch mode and no autocast stand between a call and its operations,
+_MODES: _Questions = ((torch._C._len_torch_dispatch_stack, 0), (torch._C._is_any_autocast_enabled, False))
+# and no mode that replaces PyTorch's functions.
+_FUNCTION_MODES: _Questions = ((torch._C._len_torch_function_stack, 0),)
+
+
+def _introduce_torch(*, by_exchange: bool) -> None:
+    """Tells the native library whom to ask about tensors.
+
+    Args:
+        by_exchange: Whether it may ask through DLPack's table of functions, which torch has from 2.10 on, not
+            for one attribute of a tensor after the other, which costs three times as much.
+    """
+    questions, answers = zip(*_TRANSFORMS, *_MODES, *_FUNCTION_MODES, strict=True)
     native.know_torch(
         Tensor,
         Parameter,
         torch.float32,
-        _is_grad_enabled,
-        _intercepted,
-        (_dispatch_modes, _functorch_level, _tracing_state, _any_autocast),
-        (0, None, None, False),
+        torch.uint8,
+        torch.is_grad_enabled,
+        questions,
+        answers,
         forward_ad,
+        by_exchange,
     )
+
+
+if native is not None:
+    _introduce_torch(by_exchange=True)
 _native_guard = None if native is None else native.takes_raw_pointers
 
 
-def _traced_or_transformed() -> bool:
-    """Whether a tracer, a functorch transform or forward-mode differentiation looks at an eager call."""
-    return _functorch_level() is not None or _tracing_state() is not None or forward_ad._current_level >= 0
-
-
-def _outside_plain_eager() -> bool:
-    """Whether a tracer, transform or mode stands between an eager call and the tensors' memory."""
-    return _dispatch_modes() > 0 or _traced_or_transformed() or _any_autocast()
+def _untransformed(*questions: _Questions) -> bool:
+    """Whether PyTorch gives each answer, and differentiates nothing forwards."""
+    answered = all(ask() == answer for part in questions for ask, answer in part)
+    return answered and forward_ad._current_level < 0
 
 
 def needs_plain_operations() -> bool:
@@ -101,7 +115,7 @@ def needs_plain_operations() -> bool:
     """
     if _is_compiling():
         return torch.compiler.is_exporting()
-    return _traced_or_transformed()
+    return not _untransformed(_TRANSFORMS)
 
 
 def in_plain_eager() -> bool:
@@ -111,7 +125,7 @@ def in_plain_eager() -> bool:
         False where a compiler, exporter, tracer, functorch transform, dispatch mode, autocast or forward-mode
         differentiation takes part.
     """
-    return not _is_compiling() and not _outside_plain_eager()
+    return not _is_compiling() and _untransformed(_TRANSFORMS, _MODES)
 
 
 def calls_operation(x: Tensor) -> bool:

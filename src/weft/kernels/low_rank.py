@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from weft import checks
 from weft.kernels import dispatch
 
 __all__ = ["low_rank_apply"]
@@ -43,6 +44,7 @@ def low_rank_apply(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None =
 
 def reference(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same product by PyTorch's own operations, on any device and dtype, with every gradient."""
+    checks.last_dimension(x, right.shape[-1])
     return functional.linear(functional.linear(x, right), left, bias)
 
 

@@ -5,7 +5,7 @@ code j takes the bits j·bits … (j+1)·bits − 1, the least significant first
 the low half of its byte), and the row's last byte is filled up with zeros.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ __all__ = [
 ]
 
 Activations = Literal["float", "int8"]
+_INT8 = {"float": False, "int8": True}
+
+# Bound once, as looking names up costs more than calling them.
+_native_quantized: Any = None if dispatch.native is None else dispatch.native.quantized_apply
+_native_codebook: Any = None if dispatch.native is None else dispatch.native.codebook_apply
+_get_num_threads = torch.get_num_threads
+_is_compiling = torch.compiler.is_compiling
 
 # Vectors whose largest entry is below this are rounded as if it were this: its inverse stays finite.
 _SMALLEST_ACTIVATION = 1e-30
@@ -187,9 +194,11 @@ def quantized_apply(
         >>> quantized_apply(torch.eye(3), codes, scales, None, 4, 3, 3).T
         tensor([[-4.0000,  0.0000,  3.5000]])
     """
+    if activations in _INT8 and not _is_compiling():
+        y = _apply_in_memory(x, codes, scales, zeros, bits, group, inputs, bias, _INT8[activations])
+        if y is not None:
+            return y
     _check_quantized(x, codes, scales, zeros, bits, group, inputs, bias, activations)
-    if dispatch.takes_raw_pointers(x, scales, zeros, bias) and dispatch.holds_bytes(codes):
-        return _apply_in_memory(x, codes, scales, zeros, bits, group, inputs, bias, activations == "int8")
     if dispatch.calls_operation(x):
         return _operation(x, codes, scales, zeros, bits, group, inputs, bias, activations == "int8")
     return reference(x, codes, scales, zeros, bits, group, inputs, bias, activations)
@@ -297,9 +306,11 @@ def codebook_apply(
         >>> codebook_apply(torch.ones(3), codes, book, 1, 3)
         tensor([3.5000])
     """
+    if not _is_compiling():
+        y = _look_up_in_memory(x, codes, codebook, bits, inputs, bias)
+        if y is not None:
+            return y
     _check_codebook(x, codes, codebook, bits, inputs, bias)
-    if dispatch.takes_raw_pointers(x, codebook, bias) and dispatch.holds_bytes(codes):
-        return _look_up_in_memory(x, codes, codebook, bits, inputs, bias)
     if dispatch.calls_operation(x):
         return _codebook_operation(x, codes, codebook, bits, inputs, bias)
     return codebook_reference(x, codes, codebook, bits, inputs, bias)
@@ -370,7 +381,7 @@ def _check_quantized(
     bias: Tensor | None,
     activations: str,
 ) -> None:
-    checks.one_of("activations", activations, ("float", "int8"))
+    checks.one_of("activations", activations, tuple(_INT8))
     _check_common(x, codes, bits, inputs, bias)
     checks.integer_between("group", group, 1, inputs)
     if inputs % group:
@@ -399,11 +410,12 @@ def _check_codebook(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# In memory: tensors that passed the guard and the checks
+# In memory
 
 # The largest batch for the native products with float vectors: beyond it it measures faster to write the
 # weights out and to call the vendor's product. Those with vectors of 8 bits win at every batch.
 _LARGEST_FLOAT_BATCH = 12
+_ANY_BATCH = 1 << 62
 
 
 def _apply_in_memory(
@@ -416,83 +428,71 @@ def _apply_in_memory(
     inputs: int,
     bias: Tensor | None,
     int8: bool,
-) -> Tensor:
-    outputs = codes.shape[0]
-    batch = x.numel() // inputs
-    zeros_at = 0 if zeros is None else zeros.data_ptr()
-    native = group == inputs or group % 8 == 0  # whole groups of eight codes, as the kernels step
-    if not native or (batch > _LARGEST_FLOAT_BATCH and not int8):
-        weight = x.new_empty(outputs, inputs)
-        dispatch.native.quantized_write(
-            codes.data_ptr(),
-            scales.data_ptr(),
-            zeros_at,
-            0,
-            0,
-            weight.data_ptr(),
-            inputs,
-            outputs,
-            group,
-            bits,
-            torch.get_num_threads(),
-        )
-        return functional.linear(_rounded(x) if int8 else x, weight, bias)
-    out = x.new_empty(*x.shape[:-1], outputs)
-    dispatch.native.quantized_apply(
-        x.data_ptr(),
-        codes.data_ptr(),
-        scales.data_ptr(),
-        zeros_at,
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        batch,
-        inputs,
-        outputs,
-        group,
-        bits,
-        int8,
-        torch.get_num_threads(),
+) -> Tensor | None:
+    """The product by native code; None where the guard forbids it or sizes do not fit together."""
+    if _native_quantized is None:
+        return None
+    largest = _ANY_BATCH if int8 else _LARGEST_FLOAT_BATCH
+    y = _native_quantized(
+        x, codes, scales, zeros, bias, bits, group, inputs, int8, largest, _get_num_threads()
     )
-    return out
+    if y is not None or not _holds_memory(x, codes, scales, zeros, bias):
+        return y
+    _check_quantized(x, codes, scales, zeros, bits, group, inputs, bias, "int8" if int8 else "float")
+    zeros_at = 0 if zeros is None else zeros.data_ptr()
+    weight = _written(x, codes, scales.data_ptr(), zeros_at, 0, 0, group, bits, inputs)
+    return functional.linear(_rounded(x) if int8 else x, weight, bias)
 
 
 def _look_up_in_memory(
     x: Tensor, codes: Tensor, codebook: Tensor, bits: int, inputs: int, bias: Tensor | None
+) -> Tensor | None:
+    """The product by native code; None where the guard forbids it or sizes do not fit together."""
+    if _native_codebook is None:
+        return None
+    y = _native_codebook(x, codes, codebook, bias, bits, inputs, _LARGEST_FLOAT_BATCH, _get_num_threads())
+    if y is not None or not _holds_memory(x, codes, codebook, None, bias):
+        return y
+    _check_codebook(x, codes, codebook, bits, inputs, bias)
+    stride = 0 if codebook.shape[0] == 1 else codebook.shape[1]
+    weight = _written(x, codes, 0, 0, codebook.data_ptr(), stride, inputs, bits, inputs)
+    return functional.linear(x, weight, bias)
+
+
+def _holds_memory(
+    x: Tensor, codes: Tensor, numbers: Tensor, zeros: Tensor | None, bias: Tensor | None
+) -> bool:
+    return dispatch.takes_raw_pointers(x, numbers, zeros, bias) and dispatch.holds_bytes(codes)
+
+
+def _written(
+    x: Tensor,
+    codes: Tensor,
+    scales_at: int,
+    zeros_at: int,
+    book_at: int,
+    book_stride: int,
+    group: int,
+    bits: int,
+    inputs: int,
 ) -> Tensor:
+    """The weights themselves, of arrays that passed the guard and the checks."""
     outputs = codes.shape[0]
-    batch = x.numel() // inputs
-    book_stride = codebook.shape[1] if codebook.shape[0] == outputs else 0
-    if batch > _LARGEST_FLOAT_BATCH:
-        weight = x.new_empty(outputs, inputs)
-        dispatch.native.quantized_write(
-            codes.data_ptr(),
-            0,
-            0,
-            codebook.data_ptr(),
-            book_stride,
-            weight.data_ptr(),
-            inputs,
-            outputs,
-            inputs,
-            bits,
-            torch.get_num_threads(),
-        )
-        return functional.linear(x, weight, bias)
-    out = x.new_empty(*x.shape[:-1], outputs)
-    dispatch.native.codebook_apply(
-        x.data_ptr(),
+    weight = x.new_empty(outputs, inputs)
+    dispatch.native.quantized_write(
         codes.data_ptr(),
-        codebook.data_ptr(),
+        scales_at,
+        zeros_at,
+        book_at,
         book_stride,
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        batch,
+        weight.data_ptr(),
         inputs,
         outputs,
+        group,
         bits,
-        torch.get_num_threads(),
+        _get_num_threads(),
     )
-    return out
+    return weight
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -517,17 +517,18 @@ def _anywhere(x, codes, scales, zeros, bits, group, inputs, bias, int8) -> Tenso
 
 
 def _on_host(x, codes, scales, zeros, bits, group, inputs, bias, int8) -> Tensor:
-    # The operation can be called by anyone: no size may reach native code unchecked.
+    y = _apply_in_memory(x, codes, scales, zeros, bits, group, inputs, bias, int8)
+    if y is not None:
+        return y
     _check_quantized(x, codes, scales, zeros, bits, group, inputs, bias, "int8" if int8 else "float")
-    if dispatch.takes_raw_pointers(x, scales, zeros, bias) and dispatch.holds_bytes(codes):
-        return _apply_in_memory(x, codes, scales, zeros, bits, group, inputs, bias, int8)
     return _anywhere(x, codes, scales, zeros, bits, group, inputs, bias, int8)
 
 
 def _codebook_on_host(x, codes, codebook, bits, inputs, bias) -> Tensor:
+    y = _look_up_in_memory(x, codes, codebook, bits, inputs, bias)
+    if y is not None:
+        return y
     _check_codebook(x, codes, codebook, bits, inputs, bias)
-    if dispatch.takes_raw_pointers(x, codebook, bias) and dispatch.holds_bytes(codes):
-        return _look_up_in_memory(x, codes, codebook, bits, inputs, bias)
     return codebook_reference(x, codes, codebook, bits, inputs, bias)
 
 

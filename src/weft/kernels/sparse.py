@@ -17,6 +17,11 @@ __all__ = ["SparseChain", "SparseSupport", "apply_factor", "sparse_chain_apply"]
 
 Size = tuple[int, int]
 
+# Bound once, as looking names up costs more than calling them.
+_native_apply: Any = None if dispatch.native is None else dispatch.native.sparse_chain_apply
+_get_num_threads = torch.get_num_threads
+_is_compiling = torch.compiler.is_compiling
+
 
 # ----------------------------------------------------------------------------------------------------
 # Supports
@@ -181,11 +186,11 @@ def sparse_chain_apply(x: Tensor, values: Tensor, chain: SparseChain, bias: Tens
         The products in the dtype of `x`, shape (*batch, outputs); half precisions are added up in single
         precision.
     """
-    if dispatch.takes_raw_pointers(x, values, bias):
+    if _native_apply is not None and not _is_compiling():
         packed = chain._packed
-        if packed is None:
+        if packed is None and dispatch.takes_raw_pointers(x, values, bias):
             packed = chain._packed = _Packed([_PackedSupport(support) for support in chain.supports()])
-        y = _apply_in_memory(x, values, packed, bias)
+        y = None if packed is None else _apply_in_memory(x, values, packed, bias)
         if y is not None:
             return y
     supports = chain.supports()
@@ -328,25 +333,18 @@ class _Packed:
 
 
 def _apply_in_memory(x: Tensor, values: Tensor, packed: _Packed, bias: Tensor | None) -> Tensor | None:
-    """The product of tensors that passed the guard; None where their shapes do not fit."""
-    shape = x.shape
-    if not shape or shape[-1] != packed.inputs or values.numel() != packed.entries:
-        return None
-    if bias is not None and bias.shape != (packed.outputs,):
-        return None
-    *batch_shape, inputs = shape
-    out = x.new_empty((*batch_shape, packed.outputs))
-    dispatch.native.sparse_chain_apply(
-        x.data_ptr(),
-        values.data_ptr(),
+    """The product by the native code; None where the guard forbids it or shapes do not fit."""
+    return _native_apply(
+        x,
+        values,
+        bias,
         packed.address,
         packed.count,
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        x.numel() // inputs,
-        torch.get_num_threads(),
+        packed.entries,
+        packed.inputs,
+        packed.outputs,
+        _get_num_threads(),
     )
-    return out
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """A linear layer with a structured weight."""
 
+from typing import Any
+
 from torch import Tensor
 
 from weft.layers.base import StructuredLayer
@@ -27,4 +29,9 @@ class StructuredLinear(StructuredLayer):
         self.out_features = matrix.outputs
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's own name, used as a keyword by callers)
-        return self.matrix.affine(input, self.bias)
+        # Looked up where nn.Module keeps them: its own way there costs as much as a small product. What a
+        # parametrisation replaced is found that way.
+        parameters = self._parameters
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        matrix: Any = self._modules["matrix"]
+        return matrix.affine(input, bias)

@@ -731,11 +731,18 @@ class StructuredMatrix(nn.Module, ABC):
         """
         # nn.Module looks its tensors up only after all else failed, which costs as much as a small product;
         # what a parametrisation replaced is still found that way.
-        parameters = self._parameters
+        parameters, buffers = self._parameters, self._buffers
         try:
             return [parameters[name] for name in names]  # type: ignore[misc]
         except KeyError:
-            return [getattr(self, name) for name in names]
+            return [
+                parameters[name]
+                if name in parameters
+                else buffers[name]
+                if name in buffers
+                else getattr(self, name)
+                for name in names
+            ]  # type: ignore[misc]
 
     def only_storage_shrinks(self, geometry: Geometry | None) -> bool:
         """Whether the member costs as many multiply-adds as the dense weight, or more.

@@ -184,7 +184,6 @@ class LowRankMatrix(StructuredMatrix):
         return self.affine(x, None)
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        checks.last_dimension(x, self.inputs)
         left, right = self.in_place(("left", "right"))
         return low_rank_apply(x, left, right if right.ndim == 2 else right.flatten(1), bias)
 

@@ -14,7 +14,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -475,8 +475,9 @@ class _Entries(PrunedMatrix):
         return self.affine(x, None)
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        checks.last_dimension(x, self.inputs)
-        return sparse_chain_apply(x, self.values, self.entries, bias)
+        (values,) = self.in_place(("values",))
+        chain: Any = self._modules["entries"]  # found like the values, without nn.Module's search
+        return sparse_chain_apply(x, values, chain, bias)
 
     def apply_transposed(self, y: Tensor) -> Tensor:
         support = self.entries.support(0)

@@ -13,7 +13,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from torch.func import functional_call
 from weft import checks
 from weft.kernels.dispatch import in_plain_eager
 from weft.kernels.quantized import (
-    Activations,
     codebook_apply,
     look_up,
     pack,
@@ -589,10 +588,12 @@ class QuantizedMatrix(StructuredMatrix):
         if structure.codebook == "ternary":  # the kernel reads two bits per code
             unpacked = _unpack_ternary(self.codes, self.inputs)
             self.register_buffer("_packed", pack(unpacked, structure.bits), persistent=False)
+        # What the kernel reads, by name.
+        self._read = ("_packed" if structure.codebook == "ternary" else "codes", "scales", "zeros")
 
     def _bits(self) -> Tensor:
         """The codes as the kernel reads them."""
-        return self._packed if self.kind.codebook == "ternary" else self.codes
+        return getattr(self, self._read[0])
 
     @abstractmethod
     def levels(self, chosen: Tensor | None = None) -> Levels:
@@ -678,19 +679,11 @@ class _UniformMatrix(QuantizedMatrix):
             self.register_buffer("zeros", fixed, persistent=False)
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        checks.last_dimension(x, self.inputs)
-        group = self.kind.group or self.inputs
-        return quantized_apply(
-            x,
-            self._bits(),
-            self.scales,
-            self.zeros,
-            self.kind.bits,
-            group,
-            self.inputs,
-            bias,
-            cast(Activations, self.kind.activations),
-        )
+        kind, inputs = self.kind, self.inputs
+        codes, scales, zeros = self.in_place(self._read)
+        activations: Any = kind.activations
+        group = kind.group or inputs
+        return quantized_apply(x, codes, scales, zeros, kind.bits, group, inputs, bias, activations)
 
     def numbers(self) -> dict[str, Tensor]:
         free = {"zeros": cast(Tensor, self.zeros)} if self.kind.fixed_zero is None else {}
@@ -716,10 +709,11 @@ class _CodebookMatrix(QuantizedMatrix):
         self.codebook = nn.Parameter(codebook.contiguous())
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        checks.last_dimension(x, self.inputs)
         if self.kind.bits > _MOST_LOOKED_UP_BITS and x.dtype in {torch.float32, torch.float64}:
+            checks.last_dimension(x, self.inputs)
             return F.linear(x, self.derived("weight", self._decode).to(x.dtype), bias)
-        return codebook_apply(x, self.codes, self.codebook, self.kind.bits, self.inputs, bias)
+        codes, codebook = self.in_place(("codes", "codebook"))
+        return codebook_apply(x, codes, codebook, self.kind.bits, self.inputs, bias)
 
     def _decode(self) -> Tensor:
         return look_up(self.codes, _wide(self.codebook), self.kind.bits, self.inputs)

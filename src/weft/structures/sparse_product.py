@@ -276,10 +276,12 @@ class SparseProductMatrix(StructuredMatrix):
         self._widen_supports()  # the loaded indices may be others
 
     def forward(self, x: Tensor) -> Tensor:
-        return sparse_chain_apply(x, self.values, self.chain)
+        return self.affine(x, None)
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return sparse_chain_apply(x, self.values, self.chain, bias)
+        (values,) = self.in_place(("values",))
+        chain: Any = self._modules["chain"]  # found like the values, without nn.Module's search
+        return sparse_chain_apply(x, values, chain, bias)
 
     def dense_factors(self) -> list[Tensor]:
         """The factors as dense matrices, from left to right; differentiable."""
