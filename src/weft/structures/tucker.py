@@ -166,6 +166,11 @@ class Tucker(Structure):
             else:
                 left, core = nearest_of_rank(matrix, outer, input_gram=input_gram, output_gram=output_gram)
                 tensors = {"left": left, "core": core}
+        elif input_gram is None and output_gram is None:
+            found = orthogonal_iteration(weight.flatten(2), ranks)
+            tensors = {"core": found.core, "right": found.right}
+            if outer < outputs:
+                tensors["left"] = found.left
         else:
 
             def starts(dense: Tensor, gram: Gram | None) -> list[Tensor]:
