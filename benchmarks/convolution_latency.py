@@ -1,6 +1,6 @@
 """How long structured convolutions take: families that know only matrices by either route, and ResNet-20.
 
-    python benchmarks/convolution_latency.py --out benchmarks/results/convolution_latency.json
+    python benchmarks/convolution_latency.py             # --parts routes for one
 
 "routes" times, for one layer, unfolding against the dense kernel formed once: where the one overtakes the
 other is `weft.structures.base.UNFOLDED_SHARE`. "resnet20" times the whole network, every 3×3 convolution but
@@ -10,23 +10,20 @@ members take the same time as fitted ones. What is compared is called in turns; 
 layers by chains are those of `convolutions.py`.
 """
 
-import argparse
 import copy
-import json
 import math
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+import parts
 import torch
+from parts import Rows
 from torch import nn
 
 from weft.layers.replace import geometry_of_layer, replace_layer
 from weft.measure import (
-    environment,
     footprint,
     latencies,
     network_cost,
@@ -41,7 +38,6 @@ from weft.structures.sparse_product import SparseProduct
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 from models import resnet20  # noqa: E402  (beside the benchmarks, no package)
 
-Rows = list[dict[str, object]]
 LAYERS = ((64, 3, 32), (256, 3, 14), (512, 3, 7), (256, 1, 14))
 
 
@@ -168,28 +164,5 @@ def whole() -> Rows:
     return rows
 
 
-def surroundings() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {**environment(), "commit": commit.stdout.strip(), "load_average": os.getloadavg()[0]}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parts: dict[str, Callable[[], Rows]] = {"routes": routes, "resnet20": whole}
-    default = Path(__file__).parent / "results" / "convolution_latency.json"
-    parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    arguments = parser.parse_args()
-    # Parts that were not asked for stay as an earlier run left them.
-    result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    for part in arguments.parts:
-        result[part] = {"environment": surroundings(), "rows": parts[part]()}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {arguments.out}")
-
-
 if __name__ == "__main__":
-    main()
+    parts.run(__file__, __doc__, {"routes": routes, "resnet20": whole})

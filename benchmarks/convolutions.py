@@ -1,7 +1,6 @@
 """Chains of convolutions against tensorly-torch and against the dense layer, in one run.
 
-    python benchmarks/convolutions.py --out benchmarks/results/convolutions.json
-    python benchmarks/convolutions.py --parts peer          # or layers
+    python benchmarks/convolutions.py             # --parts peer for one
 
 Part `peer`: CP and Tucker of a 64→128 3×3 kernel at a quarter of its numbers, decomposed and run by weft
 and by tensorly-torch 0.5 (takes part where it is installed: `pip install tensorly tensorly-torch`). Part
@@ -10,25 +9,17 @@ two threads. Times that are compared are measured alternately; the JSON holds me
 that factorising does not pay there.
 """
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
+import parts
 import torch
+from parts import Rows
 from torch import Tensor, nn
 
 from weft.layers.convolution import StructuredConvolution, geometry_of
-from weft.measure import environment
-from weft.storage import write_text
+from weft.measure import threads, time_alternating
 from weft.structures.base import Geometry, Structure, relative_error
 from weft.structures.canonical_polyadic import CanonicalPolyadic
 from weft.structures.low_rank import LowRank
@@ -42,25 +33,8 @@ try:
 except ImportError:
     tltorch = None
 
-Rows = list[dict[str, object]]
 LAYERS = ((64, 32), (256, 14), (512, 7))  # channels, image size
 SHARE = 0.5
-
-
-def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median times in seconds of calls that take turns for so long."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for call in calls.values():
-            call()
-            call()
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def kernel(outputs: int, channels: int, seed: int = 0) -> Tensor:
@@ -74,13 +48,7 @@ def kernel(outputs: int, channels: int, seed: int = 0) -> Tensor:
     return core / core.norm() * (outputs * 2) ** 0.5
 
 
-def timed(call: Callable[[], object]) -> tuple[float, object]:
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
-
-
-def peer(seconds: float) -> Rows:
+def peer() -> Rows:
     """Decomposition and forward beside tensorly-torch's, one thread."""
     if tltorch is None:
         print("peer: tensorly-torch is not installed; left out")
@@ -100,7 +68,7 @@ def peer(seconds: float) -> Rows:
                 implementation="factorized",
                 decompose_weights=True,
             )
-            their_seconds, theirs = timed(decompose)
+            theirs = decompose()
             with torch.no_grad():
                 their_dense = theirs.weight.to_tensor()  # type: ignore[attr-defined]
             count = (
@@ -109,14 +77,16 @@ def peer(seconds: float) -> Rows:
                 else sum(parameter.numel() for parameter in theirs.weight.parameters())
             )  # type: ignore[attr-defined]
             ours = _ours(factorization, weight.shape, count)
-            our_seconds, member = timed(partial(ours.fit, weight))
+            member = ours.fit(weight)
+            fits = time_alternating({"theirs": decompose, "ours": partial(ours.fit, weight)}, least=3)
+            our_seconds, their_seconds = fits["ours"].median, fits["theirs"].median
             layer = StructuredConvolution(member, geometry_of(dense), dense.bias).eval()
             for size, batch in ((32, 1), (56, 1), (32, 16)):
                 x = torch.randn(batch, 64, size, size)
-                times = interleaved(
-                    {"dense": partial(dense, x), "theirs": partial(theirs, x), "ours": partial(layer, x)},
-                    seconds,
-                )
+                calls = {"dense": partial(dense, x), "theirs": partial(theirs, x), "ours": partial(layer, x)}
+                with torch.inference_mode():
+                    timings = time_alternating(calls)
+                times = {name: timing.median for name, timing in timings.items()}
                 row = {
                     "weight": weight_name,
                     "factorization": factorization,
@@ -136,7 +106,7 @@ def peer(seconds: float) -> Rows:
                 rows.append(row)
                 print(
                     f"{weight_name:9} {factorization:6} {size}² batch {batch:2}: "
-                    f"decomposed in {our_seconds:.2f} s (theirs {their_seconds:.2f}), "
+                    f"decomposed in {1e3 * our_seconds:.1f} ms (theirs {1e3 * their_seconds:.1f}), "
                     f"error {row['our_error']:.4f} (theirs {row['their_error']:.4f}), "
                     f"forward {1e3 * times['ours']:.2f} ms (theirs {1e3 * times['theirs']:.2f}, "
                     f"dense {1e3 * times['dense']:.2f})",
@@ -177,11 +147,10 @@ def structures(channels: int, geometry: Geometry) -> dict[str, Structure]:
     }
 
 
-def layers(seconds: float) -> Rows:
+def layers() -> Rows:
     """Single layers at half the multiply-adds against dense ones."""
     rows: Rows = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+    for count in (1, 2):
         for channels, size in LAYERS:
             dense = nn.Conv2d(channels, channels, 3, padding=1).eval()
             geometry = Geometry((1, 1), ((1, 1), (1, 1)), (1, 1), input_size=(size, size))
@@ -197,14 +166,16 @@ def layers(seconds: float) -> Rows:
                 calls = {"dense": partial(dense, x)} | {
                     name: partial(layer.eval(), x) for name, layer in members.items()
                 }
-                times = interleaved(calls, seconds * (1 if batch == 1 else 3))
+                with threads(count), torch.inference_mode():
+                    timings = time_alternating(calls, seconds=0.8 if batch == 1 else 2.4, least=5)
+                times = {name: timing.median for name, timing in timings.items()}
                 for name, structure in chosen.items():
                     multiply_adds = structure.multiply_adds(tuple(dense.weight.shape), geometry) or 0
                     rows.append({
                         "channels": channels,
                         "image": size,
                         "batch": batch,
-                        "threads": threads,
+                        "threads": count,
                         "family": name,
                         "structure": str(structure),
                         "multiply_adds_share": multiply_adds / (dense.weight.numel() * size * size),
@@ -214,47 +185,13 @@ def layers(seconds: float) -> Rows:
                     })
                 shown = "  ".join(f"{name} {times[name] / times['dense']:.2f}" for name in chosen)
                 print(
-                    f"{channels}→{channels} {size}² batch {batch:2} threads {threads}: "
+                    f"{channels}→{channels} {size}² batch {batch:2} threads {count}: "
                     f"dense {1e3 * times['dense']:.2f} ms  {shown}",
                     flush=True,
                 )
     return rows
 
 
-PARTS: dict[str, Callable[[float], Rows]] = {"peer": peer, "layers": layers}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=0.8, help="time per comparison")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    results = {part: PARTS[part](options.seconds) for part in options.parts}
-    if options.out is None:
-        return
-    versions = {"torch": torch.__version__}
-    for package in ("tensorly", "tensorly-torch"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-    record = {
-        **kept,
-        **results,
-        "command": "python benchmarks/convolutions.py --out benchmarks/results/convolutions.json",
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "environment": {**environment(), "processors": os.cpu_count(), "python": sys.version.split()[0]},
-        "versions": versions,
-    }
-    write_text(options.out, json.dumps(record, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    parts.run(__file__, __doc__, {"peer": peer, "layers": layers}, packages=("tensorly", "tensorly-torch"))

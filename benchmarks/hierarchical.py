@@ -1,27 +1,23 @@
 """Hierarchical against LowRank and the dense product on a real classifier, in one run on one thread.
 
-    python benchmarks/hierarchical.py --out benchmarks/results/hierarchical.json
+    python benchmarks/hierarchical.py             # --parts forward for one
 
 Fits are plain and with the input Gram of the calibration images; accuracy is top-1 on images apart from
 these. Times that are compared are measured alternately, and medians are given.
 """
 
-import argparse
 import dataclasses
-import json
-import os
-import platform
-import statistics
 import time
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import parts
 import torch
 import torch.nn.functional as F
+from parts import Rows
 
-from weft.kernels import route
+from weft.measure import time_alternating
 from weft.structures.base import DenseGram, Structure, relative_error
 from weft.structures.hierarchical import Hierarchical
 from weft.structures.low_rank import LowRank
@@ -46,8 +42,11 @@ def within(family: Structure, shape: tuple[int, int], share: float) -> Structure
     return found
 
 
-def classifier(shares: tuple[float, ...]) -> list[dict[str, object]]:
+def classifier() -> Rows:
     """Error, weighted error and accuracy of plain and weighted fits at several shares of the parameters."""
+    if not FEATURES.exists():
+        print(f"classifier: {FEATURES} is not on this machine; left out")
+        return []
     data = np.load(FEATURES)
     weight, features = torch.from_numpy(data["W"]), torch.from_numpy(data["f_sample"]).double()
     gram = DenseGram(features.T @ features / len(features))
@@ -56,9 +55,9 @@ def classifier(shares: tuple[float, ...]) -> list[dict[str, object]]:
         logits = data["f_val"] @ matrix.detach().numpy().T + data["b"]
         return float((logits.argmax(1) == data["y_val"]).mean())
 
-    rows: list[dict[str, object]] = [{"structure": "dense", "accuracy": accuracy(weight)}]
+    rows: Rows = [{"structure": "dense", "accuracy": accuracy(weight)}]
     print(f"dense: top-1 {rows[0]['accuracy']:.4f}")
-    for share in shares:
+    for share in (0.1, 0.2, 0.4):
         for family in (LowRank(1), *VARIANTS):
             structure = within(family, tuple(weight.shape), share)
             if structure is None:
@@ -91,19 +90,7 @@ def classifier(shares: tuple[float, ...]) -> list[dict[str, object]]:
     return rows
 
 
-def alternating(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of calls that take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            call()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def forwards(repeats: int) -> list[dict[str, object]]:
+def forwards() -> Rows:
     """Time of one product against the dense one."""
     rows = []
     for shape, structure in (
@@ -116,49 +103,25 @@ def forwards(repeats: int) -> list[dict[str, object]]:
         for batch in (1, 16, 128):
             x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(1))
             with torch.no_grad():
-                times = alternating(
-                    {"dense": partial(F.linear, x, dense), "structured": partial(member, x)}, repeats
-                )
+                times = time_alternating({
+                    "dense": partial(F.linear, x, dense),
+                    "structured": partial(member, x),
+                })
             share = member.cost().parameters / dense.numel()
-            ratio = times["structured"] / times["dense"]
+            ratio = times["structured"].median / times["dense"].median
             rows.append({
                 "shape": shape,
                 "structure": str(structure),
                 "share": share,
                 "batch": batch,
-                **times,
+                "dense": times["dense"].median,
+                "structured": times["structured"].median,
                 "ratio": ratio,
             })
             print(f"{shape} {structure} share {share:.3f}, batch {batch}: {ratio:.2f} of dense", flush=True)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hierarchical.json")
-    parser.add_argument("--repeats", type=int, default=200)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    result = {
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "processors": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-            "kernels": route(),
-        },
-        "forward": forwards(arguments.repeats),
-        "classifier": classifier((0.1, 0.2, 0.4))
-        if FEATURES.exists()
-        else f"left out: {FEATURES} is not there",
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {arguments.out}")
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    parts.run(__file__, __doc__, {"forward": forwards, "classifier": classifier})

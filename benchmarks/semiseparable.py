@@ -1,26 +1,24 @@
 """SequentiallySemiseparable against structurednets and the dense product, in one run on one thread.
 
-    python benchmarks/semiseparable.py --out benchmarks/results/semiseparable.json
+    python benchmarks/semiseparable.py             # --parts fit for one
 
 structurednets takes part where it can be imported (it is on no package index), else its columns are left out.
-Times that are compared are measured alternately, and medians are given; the JSON holds the quartiles, too.
+Times that are compared are measured alternately, and medians are given; the JSON holds the deciles, too.
 """
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import parts
 import torch
+from parts import Rows
 from torch import Tensor
 
-from weft.measure import environment
+from weft.measure import time_alternating
 from weft.structures.base import DenseGram, Structure, relative_error
 from weft.structures.low_rank import LowRank
 from weft.structures.semiseparable import SequentiallySemiseparable
@@ -53,32 +51,7 @@ def kernel() -> Tensor:
     return 1 / (0.01 + (x[:, None] - y).abs())
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def alternating(
-    calls: Mapping[str, Callable[[], object]], repeats: int, warm: int = 0
-) -> dict[str, dict[str, float]]:
-    """Median and quartiles in seconds of calls that take turns, each after `warm` untimed ones."""
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            for _ in range(warm):
-                call()
-            times[name].append(seconds(call))
-    result = {}
-    for name, values in times.items():
-        lower, median, upper = statistics.quantiles(values, n=4)
-        result[name] = {"median": median, "lower": lower, "upper": upper, "least": min(values)}
-    return result
-
-
-def fits(stages: int, repeats: int) -> list[dict[str, object]]:
+def fits(stages: int = 10) -> Rows:
     """Time and error of a fit at 20 % of the parameters."""
     rows = []
     largest = SequentiallySemiseparable.largest(SHAPE, stages, int(SHARE * SHAPE[0] * SHAPE[1]))
@@ -98,15 +71,21 @@ def fits(stages: int, repeats: int) -> list[dict[str, object]]:
             calls["structurednets"] = partial(SSSApproximator(stages).approximate, matrix, SHARE)
             approximation = SSSApproximator(stages).approximate(matrix, SHARE)["approx_mat_dense"]
             errors["structurednets"] = float(np.linalg.norm(matrix - approximation) / np.linalg.norm(matrix))
-        times = alternating(calls, repeats)
+        times = time_alternating(calls, least=7)
         for method, error in errors.items():
-            rows.append({"matrix": name, "stages": stages, "method": method, "error": error, **times[method]})
+            rows.append({
+                "matrix": name,
+                "stages": stages,
+                "method": method,
+                "error": error,
+                **asdict(times[method]),
+            })
             label = f"fit {name:9} p={stages} {method:18}"
-            print(f"{label} {times[method]['median']:8.3f} s  error {error:.4g}", flush=True)
+            print(f"{label} {times[method].median:8.3f} s  error {error:.4g}", flush=True)
     return rows
 
 
-def searches(with_reference: bool) -> list[dict[str, object]]:
+def searches() -> Rows:
     """Time, result and error of the search for stages and state dimension."""
     rows = []
     weight = decaying()
@@ -119,7 +98,7 @@ def searches(with_reference: bool) -> list[dict[str, object]]:
         "structure": str(found),
         "error": relative_error(weight, found.fit(weight).to_dense()),
     })
-    if SSSApproximatorWrapper is not None and with_reference:
+    if SSSApproximatorWrapper is not None:  # a minute
         matrix = weight.numpy()
         start = time.perf_counter()
         result = SSSApproximatorWrapper().approximate(matrix, SHARE)
@@ -134,7 +113,7 @@ def searches(with_reference: bool) -> list[dict[str, object]]:
     return rows
 
 
-def forwards(repeats: int) -> list[dict[str, object]]:
+def forwards() -> Rows:
     """Time of one application, against the dense layer."""
     rows = []
     weight = decaying().float()
@@ -157,16 +136,16 @@ def forwards(repeats: int) -> list[dict[str, object]]:
             if layer is not None:
                 calls["structurednets"] = partial(layer, x)
             with torch.no_grad():
-                times = alternating(calls, repeats, warm=3)
+                times = time_alternating(calls)
             for method in calls:
-                rows.append({"stages": stages, "batch": batch, "method": method, **times[method]})
-                median, base = times[method]["median"], times["dense"]["median"]
+                rows.append({"stages": stages, "batch": batch, "method": method, **asdict(times[method])})
+                median, base = times[method].median, times["dense"].median
                 label = f"forward p={stages:3} batch {batch:3} {method:14}"
                 print(f"{label} {1e3 * median:8.3f} ms {median / base:7.2f} × dense", flush=True)
     return rows
 
 
-def classifier() -> list[dict[str, object]]:
+def classifier() -> Rows:
     """Fits of MobileNetV2's classifier beside low rank's: relative and weighted error, top-1."""
     if not FEATURES.exists():
         print(f"classifier: {FEATURES} is not on this machine; left out")
@@ -208,40 +187,7 @@ def classifier() -> list[dict[str, object]]:
     return rows
 
 
-def surroundings() -> dict[str, object]:
-    """Machine and versions as everywhere, and what else bears on these figures."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        **environment(),
-        "numpy": np.__version__,
-        "commit": commit.stdout.strip(),
-        "load_average": os.getloadavg()[0],
-        "structurednets": SSSApproximator is not None,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "semiseparable.json")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument(
-        "--reference-search", action="store_true", help="structurednets' search, too: a minute"
-    )
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    result = {
-        "environment": surroundings(),
-        "fit": fits(10, arguments.repeats),
-        "search": searches(arguments.reference_search),
-        "forward": forwards(30 * arguments.repeats),
-        "classifier": classifier(),
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {arguments.out}")
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    measured = {"fit": fits, "search": searches, "forward": forwards, "classifier": classifier}
+    parts.run(__file__, __doc__, measured, packages=("numpy", "structurednets"))

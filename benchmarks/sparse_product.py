@@ -1,30 +1,27 @@
 """SparseProduct and PALM4MSA against pyfaust 3.41, truncated SVD and pruning, in one run on one thread.
 
-    python benchmarks/sparse_product.py --out benchmarks/results/sparse_product.json
+    python benchmarks/sparse_product.py             # --parts palm for one
 
 pyfaust takes part where it is installed (`pip install pyfaust==3.41`), else its rows are left out. Times that
-are compared are measured alternately; the JSON holds median and least. `--parts palm` runs that part only.
+are compared are measured alternately; the JSON holds median and least.
 """
 
-import argparse
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import parts
 import torch
+from parts import Rows
 from torch import Tensor
 
-from weft.measure import environment
 from weft.numerics.palm4msa import SparseFactorisation, hierarchical, palm4msa, refit, splitting
 from weft.structures.base import DenseGram, Gram, Structure, relative_error
 from weft.structures.low_rank import LowRank
@@ -39,9 +36,8 @@ try:
 except ImportError:
     pyfaust_algorithms = None
 
-SIZE, SPARSITY, ITERATIONS = 1024, 14, 30
+SIZE, SPARSITY, ITERATIONS, REPEATS = 1024, 14, 30, 3
 FEATURES = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_features" / "mobilenet_v2.npz"
-Rows = list[dict[str, object]]
 
 
 def gaussian(seed: int = 0) -> Tensor:
@@ -83,7 +79,7 @@ def entries(fit: SparseFactorisation) -> int:
     return sum(int((factor != 0).sum()) for factor in fit.factors)
 
 
-def palm(repeats: int) -> Rows:
+def palm() -> Rows:
     """30 iterations of PALM4MSA beside pyfaust's, baselines of equal size, and how much lower it gets."""
     rows: Rows = []
     for name, target in (("gaussian", gaussian()), ("decaying", decaying())):
@@ -96,7 +92,7 @@ def palm(repeats: int) -> Rows:
             matrix = target.numpy()
             calls["pyfaust"] = partial(pyfaust_palm, matrix)
             calls["pyfaust packing_RL=False"] = partial(pyfaust_palm, matrix, packing_RL=False)
-        times, results = timed(calls, repeats)
+        times, results = timed(calls, REPEATS)
         published = results["weft palm4msa"]
         better, fits = timed(
             {
@@ -148,7 +144,7 @@ def palm(repeats: int) -> Rows:
     return rows
 
 
-def hadamard(repeats: int) -> Rows:
+def hadamard() -> Rows:
     """The hierarchical variant on Hadamard matrices, log2 n factors with 2 entries per row."""
     rows: Rows = []
     for size in (32, 64, 256):
@@ -161,7 +157,7 @@ def hadamard(repeats: int) -> Rows:
         if pyfaust_algorithms is not None and size <= 64:
             array = pyfaust_hadamard(size, normed=False).toarray()
             calls["pyfaust"] = partial(pyfaust_algorithms.hierarchical, array, "hadamard", backend=2020)
-        times, results = timed(calls, repeats if size <= 64 else 1)
+        times, results = timed(calls, REPEATS if size <= 64 else 1)
         for method, fit in results.items():
             dense = fit.to_dense() if method == "weft" else torch.from_numpy(fit.toarray())
             row = {"size": size, "method": method, "error": relative_error(matrix, dense), **times[method]}
@@ -172,7 +168,7 @@ def hadamard(repeats: int) -> Rows:
     return rows
 
 
-def forward(repeats: int) -> Rows:
+def forward() -> Rows:
     """One application and one training step of the PyTorch route, against the dense layer."""
     rows: Rows = []
     dense = torch.nn.Linear(1280, 1000, bias=False)
@@ -188,7 +184,7 @@ def forward(repeats: int) -> Rows:
             calls = {"dense": partial(wrap, dense, x), "weft": partial(wrap, member, x)}
             with torch.set_grad_enabled(kind != "forward"):
                 timed(calls, 2)
-                times, _ = timed(calls, 10 * repeats)
+                times, _ = timed(calls, 10 * REPEATS)
             row = {
                 "batch": batch,
                 "kind": kind,
@@ -259,50 +255,12 @@ def _classifier_row(structure: Structure, weight: Tensor, gram: Gram, grams: dic
     }
 
 
-def surroundings() -> dict[str, object]:
-    """Machine and versions as everywhere, and what else bears on these figures."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    try:
-        pyfaust_version = version("pyfaust")
-    except PackageNotFoundError:
-        pyfaust_version = None
-    return {
-        **environment(),
-        "numpy": np.__version__,
-        "pyfaust": pyfaust_version,
-        "commit": commit.stdout.strip(),
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parts: dict[str, Callable[[int], Rows]] = {
-        "palm": palm,
-        "hadamard": hadamard,
-        "forward": forward,
-        "classifier": lambda repeats: classifier(),
-    }
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sparse_product.json")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    arguments = parser.parse_args()
+if __name__ == "__main__":
     if os.environ.get("OMP_NUM_THREADS") != "1":
         # pyfaust's threads are its library's, which reads the environment when it is loaded.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
     if pyfaust_algorithms is None:
         print("pyfaust is not installed, its rows are left out; pip install pyfaust==3.41")
-    # Parts that were not asked for stay as an earlier run left them.
-    result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    for part in arguments.parts:
-        result[part] = {"environment": surroundings(), "rows": parts[part](arguments.repeats)}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {arguments.out}")
-
-
-if __name__ == "__main__":
-    main()
+    measured = {"palm": palm, "hadamard": hadamard, "forward": forward, "classifier": classifier}
+    parts.run(__file__, __doc__, measured, packages=("pyfaust", "numpy"))

@@ -1,27 +1,24 @@
 """TensorTrain against tensorly-torch's BlockTT and the dense layer, in one run.
 
-    python benchmarks/tensor_train.py --out benchmarks/results/tensor_train.json
+    python benchmarks/tensor_train.py             # --parts linear for one
 
 tensorly-torch takes part where it is installed (`pip install tensorly==0.10.0 tensorly-torch==0.5.0`), else
-its rows are left out. What is compared is called in turns; times are medians. `--parts linear` runs one part.
+its rows are left out. What is compared is called in turns; times are medians.
 """
 
-import argparse
-import json
-import os
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import parts
 import torch
+from parts import Rows
 from torch import Tensor, nn
 
 from weft.layers.replace import structured_layer
-from weft.measure import environment, footprint, peak_activations, threads, time_alternating
+from weft.measure import footprint, peak_activations, threads, time_alternating
 from weft.structures.base import DenseGram, Geometry, relative_error
 from weft.structures.low_rank import LowRank
 from weft.structures.tensor_train import TensorTrain
@@ -36,7 +33,6 @@ except ImportError:
 
 SHARE = 0.1
 FEATURES = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_features" / "mobilenet_v2.npz"
-Rows = list[dict[str, object]]
 
 
 def weights() -> dict[str, Tensor]:
@@ -273,42 +269,6 @@ def classifier() -> Rows:
     return rows
 
 
-def surroundings() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    versions = {}
-    for package in ("tensorly", "tensorly-torch"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        **environment(),
-        **versions,
-        "commit": commit.stdout.strip(),
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parts: dict[str, Callable[[], Rows]] = {
-        "linear": linear,
-        "convolutions": convolutions,
-        "classifier": classifier,
-    }
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tensor_train.json")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    arguments = parser.parse_args()
-    # Parts that were not asked for stay as an earlier run left them.
-    result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    for part in arguments.parts:
-        result[part] = {"environment": surroundings(), "rows": parts[part]()}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {arguments.out}")
-
-
 if __name__ == "__main__":
-    main()
+    measured = {"linear": linear, "convolutions": convolutions, "classifier": classifier}
+    parts.run(__file__, __doc__, measured, packages=("tensorly", "tensorly-torch"))

@@ -10,7 +10,6 @@ data folder (../shared/data, or WEFT_DATA) is absent.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from rich.table import Table
 from torch import nn
 
 import weft
-from weft.measure import accuracy, environment
+from weft.bench import surroundings
+from weft.measure import accuracy
 from weft.sources import load_data, load_model
 from weft.storage import write_text
 from weft.structures.base import matrix_shape
@@ -112,14 +112,6 @@ def run(name: str) -> dict[str, object]:
     return {"experiment": name, "dense": dense, "calibration_samples": experiment.samples, "rows": rows}
 
 
-def commit() -> str:
-    """The git commit of this checkout; empty outside one."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -145,8 +137,7 @@ def main() -> None:
     record = {
         **results,
         "command": f"python experiments/accuracy_by_rank.py {name}",
-        "commit": commit(),
-        "environment": environment(),
+        "environment": surroundings(),
         "seconds": time.perf_counter() - start,
         "seed": 0,
     }

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_by_rank import commit
 from data import shared_file
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import weft
-from weft.measure import accuracy, environment
+from weft.bench import commit, surroundings
+from weft.measure import accuracy
 from weft.sources import load_data, load_model
 from weft.storage import write_beside, write_text
 from weft.structures import family as family_of
@@ -242,7 +242,7 @@ def main() -> None:
             "dense_accuracy": dense,
             "rows": rows,
             "command": "python experiments/bytes_frontier.py",
-            "environment": environment(),
+            "environment": surroundings(),
             "seed": 0,
         }
         write_text(path, json.dumps(record, indent=1) + "\n")

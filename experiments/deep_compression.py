@@ -12,7 +12,6 @@ or WEFT_DATA) is absent.
 import argparse
 import copy
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,8 @@ from rich.table import Table
 from torch import nn
 
 import weft
-from weft.measure import accuracy, environment, footprint
+from weft.bench import surroundings
+from weft.measure import accuracy, footprint
 from weft.sources import load_data, load_model
 from weft.storage import write_text
 from weft.structures import family
@@ -160,14 +160,6 @@ class Run:
         return {"density": setting.density, "bits": setting.bits, "stages": stages, "seconds": seconds}
 
 
-def commit() -> str:
-    """The git commit of this checkout; empty outside one."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip()
-
-
 def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -202,8 +194,7 @@ def main() -> None:
         "dense_tuned": tuned,
         "rows": rows,
         "command": "python experiments/deep_compression.py",
-        "commit": commit(),
-        "environment": environment(),
+        "environment": surroundings(),
         "seconds": time.perf_counter() - start,
         "seed": 0,
     }

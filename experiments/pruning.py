@@ -9,17 +9,16 @@ absent.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import weft
-from weft.measure import accuracy, environment, footprint
+from weft.bench import surroundings
+from weft.measure import accuracy, footprint
 from weft.sources import load_data, load_model
 from weft.storage import write_text
 from weft.structures.base import Structure
@@ -102,15 +101,10 @@ def main() -> None:
         table.add_row(row["name"], *numbers)
     Console(width=120).print(table)
     (HERE / "results").mkdir(exist_ok=True)
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
     record = {
         **results,
         "command": "python experiments/pruning.py",
-        "commit": described.stdout.strip(),
-        "environment": environment(),
-        "threads": torch.get_num_threads(),
+        "environment": surroundings(),
         "total_seconds": time.perf_counter() - start,
     }
     path = write_text(HERE / "results" / "pruning.json", json.dumps(record, indent=1) + "\n")

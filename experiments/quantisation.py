@@ -11,7 +11,6 @@ WEFT_DATA) is absent.
 import argparse
 import copy
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,8 @@ from rich.table import Table
 from torch import nn
 
 import weft
-from weft.measure import accuracy, environment, footprint
+from weft.bench import surroundings
+from weft.measure import accuracy, footprint
 from weft.sources import load_data, load_model
 from weft.storage import write_text
 from weft.structures.base import Structure
@@ -116,15 +116,10 @@ def main() -> None:
             row["name"], *(format(row[key], how) if key in row else "" for key, how in formats.items())
         )
     Console(width=130).print(table)
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
     record = {
         **results,
         "command": "python experiments/quantisation.py",
-        "commit": described.stdout.strip(),
-        "environment": environment(),
-        "threads": torch.get_num_threads(),
+        "environment": surroundings(),
         "total_seconds": time.perf_counter() - start,
     }
     path = write_text(HERE / "results" / "quantisation.json", json.dumps(record, indent=1) + "\n")

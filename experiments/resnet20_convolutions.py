@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_by_rank import commit
 from data import shared_file
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import weft
-from weft.measure import accuracy, environment
+from weft.bench import commit, surroundings
+from weft.measure import accuracy
 from weft.plan.error_curves import error_curves
 from weft.schemes.corrections import correct_batch_norm
 from weft.sources import load_data, load_model
@@ -156,7 +156,7 @@ def main() -> None:
             "dense": dense,
             "calibration_samples": 1000,
             "command": "python experiments/resnet20_convolutions.py",
-            "environment": environment(),
+            "environment": surroundings(),
             "rows": ordered,
         }
         RESULTS.parent.mkdir(exist_ok=True)

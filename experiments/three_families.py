@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accuracy_by_rank import commit
 from data import shared_file
 from rich.console import Console
 from rich.table import Table
 
 import weft
-from weft.measure import accuracy, environment
+from weft.bench import surroundings
+from weft.measure import accuracy
 from weft.sources import load_data, load_model
 from weft.storage import write_text
 from weft.structures.base import Structure, matrix_shape, relative_error
@@ -149,8 +149,7 @@ def main() -> None:
     record = {
         "rows": rows,
         "command": "python experiments/three_families.py",
-        "commit": commit(),
-        "environment": environment(),
+        "environment": surroundings(),
         "seed": 0,
     }
     path = write_text(HERE / "results" / "three_families.json", json.dumps(record, indent=1) + "\n")

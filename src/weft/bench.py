@@ -5,9 +5,11 @@ alike, and only their ratio is worth quoting. "warm" calls follow each other; be
 are filled with other numbers, as they are where a layer runs once per frame among much else.
 """
 
+import os
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -228,9 +230,28 @@ def record(rows: Sequence[Comparison]) -> dict[str, Any]:
     """
     return {
         "weft_bench": 2,
-        "environment": {**environment(), "commit": commit()},
+        "environment": surroundings(),
         "rows": [row.to_json() for row in rows],
     }
+
+
+def surroundings(*packages: str) -> dict[str, Any]:
+    """All that bears on a measurement: machine, versions, commit and load.
+
+    Args:
+        *packages: further packages whose versions belong to it, None where they are not installed.
+
+    Returns:
+        JSON-ready data.
+    """
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
+    return {**environment(), **versions, "commit": commit(), "load_average": load}
 
 
 def commit() -> str | None:

@@ -89,7 +89,9 @@ def orthogonal_iteration(
     right = _leading(columns @ columns.mT, inner)
     unfolded = unfolded_outputs(right)
     left = _leading(unfolded @ unfolded.mT, outer)
-    if outer == outputs or inner == channels:  # with one mode whole, the other one's factor is optimal at once
+    if (
+        outer == outputs or inner == channels
+    ):  # with one mode whole, the other one's factor is optimal at once
         sweeps = 0
     before = 0.0
     for _ in range(sweeps):
