@@ -68,7 +68,7 @@ def test_a_curve_started_rank_by_rank_is_near_what_fits_give(weighted: bool) -> 
         member = point.structure.fit(weight, **grams)
         assert member.cost() == point.cost
         error = relative_error(weight, member.to_dense(), **grams)
-        assert 0.9 * point.error <= error <= 1.03 * point.error
+        assert 0.9 * point.error <= error <= 1.05 * point.error
 
 
 def test_the_factors_of_a_term_carry_the_same_weight() -> None:

@@ -4,7 +4,8 @@
 
 Each factor in turn is a regularised least squares problem with the others fixed. All factors but the first
 keep rows of unit norm, so that the ridge on the first one bounds the terms: two large terms that cancel
-(degeneracy) cost more than they gain. The product of the tensor with the first factor serves the updates of
+(degeneracy) cost more than they gain. Sweeps run in float32, at twice the rate, and the last ones in the
+tensor's own precision: least squares steps correct themselves. The product of the tensor with the first factor serves the updates of
 all others in a sweep, so that a sweep costs two passes over the tensor whatever its order.
 
 Source: Harshman 1970; Carroll and Chang 1970; Kolda and Bader, Tensor decompositions and applications, SIAM
@@ -18,6 +19,8 @@ from torch import Tensor
 
 # Sweeps of every start before the best is chosen, and most sweeps of that one.
 _TRIAL_SWEEPS, _SWEEPS = 20, 150
+# Fewest sweeps in the tensor's own precision.
+_LAST_SWEEPS = 5
 
 
 def rank_one_terms(factors: Sequence[Tensor]) -> Tensor:
@@ -69,33 +72,39 @@ def canonical_polyadic(
         The factors, the first one with all of the scale, and the squared error without the ridge.
     """
     generator = generator or torch.Generator().manual_seed(0)
+    scale = float(torch.linalg.vector_norm(tensor)) or 1.0
+    single = (tensor / scale).float()
     trials = []
     for trial in range(1 if start is not None else max(1, restarts)):
         if start is not None:
-            factors = [_extended(unit_rows(factor), rank, generator) for factor in start]
+            factors = [_extended(unit_rows(factor).float(), rank, generator) for factor in start]
         elif trial == 0:
             factors = [
-                _extended(_singular_rows(tensor, axis, rank), rank, generator)
+                _extended(_singular_rows(single, axis, rank), rank, generator)
                 for axis in range(1, tensor.ndim)
             ]
         else:
-            factors = [_extended(tensor.new_zeros(0, size), rank, generator) for size in tensor.shape[1:]]
-        trials.append(_sweep(tensor, factors, min(_TRIAL_SWEEPS, sweeps), ridge, tolerance))
-    best, error = min(trials, key=lambda found: found[1])
-    if sweeps > _TRIAL_SWEEPS:
-        best, error = _sweep(tensor, best[1:], sweeps - _TRIAL_SWEEPS, ridge, tolerance)
+            factors = [_extended(single.new_zeros(0, size), rank, generator) for size in tensor.shape[1:]]
+        trials.append(_sweep(single, factors, min(_TRIAL_SWEEPS, sweeps), ridge, tolerance))
+    best, _, taken = min(trials, key=lambda found: found[1])
+    if sweeps > taken:
+        best, _, more = _sweep(single, best[1:], sweeps - taken, ridge, tolerance)
+        taken += more
+    others = [factor.to(tensor) for factor in best[1:]]
+    best, error, _ = _sweep(tensor, others, max(_LAST_SWEEPS, sweeps - taken), ridge, tolerance)
     return best, error
 
 
 def _sweep(
     tensor: Tensor, others: Sequence[Tensor], sweeps: int, ridge: float, tolerance: float
-) -> tuple[list[Tensor], float]:
-    """Alternating least squares from all factors but the first."""
+) -> tuple[list[Tensor], float, int]:
+    """Alternating least squares from all factors but the first: all factors, squared error, sweeps taken."""
     others = list(others)
     matrix = tensor.flatten(1)
     energy = float(matrix.square().sum())
     first, error = _first(matrix, others, ridge, energy)
-    for _ in range(sweeps):
+    taken = 0
+    for taken in range(1, sweeps + 1):
         product = torch.tensordot(first, tensor, dims=1)  # (rank, *all other modes)
         grams = [factor @ factor.mT for factor in others]
         own = first @ first.mT
@@ -110,7 +119,7 @@ def _sweep(
         first, error = _first(matrix, others, ridge, energy)
         if error >= before * (1 - tolerance):
             break
-    return [first, *others], max(error, 0.0)
+    return [first, *others], max(error, 0.0), taken
 
 
 def _first(matrix: Tensor, others: Sequence[Tensor], ridge: float, energy: float) -> tuple[Tensor, float]:
