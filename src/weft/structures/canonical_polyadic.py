@@ -40,7 +40,7 @@ from weft.structures.base import (
 )
 
 # Evaluations of a weighted refinement and sweeps within an error curve; the fit itself takes more.
-_CURVE_EVALUATIONS, _CURVE_SWEEPS = 40, 40
+_CURVE_EVALUATIONS, _CURVE_SWEEPS = 40, 20
 # A product of axis factors is one depthwise kernel up to this many times the factors' numbers: 3×3 is.
 _MERGED = 2
 
