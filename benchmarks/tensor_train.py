@@ -230,7 +230,7 @@ def peers() -> Rows:
                 "error": relative_error(dense.weight, kernel),
                 "seconds": timing.median,
                 "over_dense": timing.median / times["dense"].median,
-                "activation_bytes_per_image": peak_activations(module, x).activations,
+                "activation_bytes_per_image": peak_activations(module, x),
             })
             print(rows[-1])
     return rows

@@ -168,9 +168,10 @@ class Tucker(Structure):
                 tensors = {"left": left, "core": core}
         elif input_gram is None and output_gram is None:
             found = orthogonal_iteration(weight.flatten(2), ranks)
-            tensors = {"core": found.core, "right": found.right}
             if outer < outputs:
-                tensors["left"] = found.left
+                tensors = found._asdict()
+            else:
+                tensors = {"core": torch.tensordot(found.left, found.core, dims=1), "right": found.right}
         else:
 
             def starts(dense: Tensor, gram: Gram | None) -> list[Tensor]:
