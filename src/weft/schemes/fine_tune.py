@@ -1,57 +1,36 @@
 """Fine-tuning: a compressed network trained further, by labels or by the dense network as teacher."""
 
 import copy
-import math
-import operator
-import time
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from weft import checks
 from weft.layers.base import harden, relax
-from weft.measure import batch_size, call, device_of, evaluating, labelled, logits_of, paired, to_device
-from weft.progress import track
+from weft.measure import check_repeatable, network_cost
+from weft.schemes.checkpoint import Checkpoint
+from weft.schemes.corrections import correct_batch_norm, restart_batch_norm
+from weft.schemes.log import Log
+from weft.schemes.objective import inputs_of
 from weft.schemes.result import Result
+from weft.schemes.training import Training, Validation
 
 
 @dataclass(frozen=True)
 class FineTune:
-    """Trains every weight that is not frozen.
+    """Trains all that is not frozen; supports stay, codes train straight through their rounding.
 
     Args:
-        epochs: passes over the batches.
-        learning_rate: of AdamW, decayed by a half cosine to zero.
-        weight_decay: of AdamW.
-        label_share: with a teacher and labels, the labels' share of the loss; the teacher's is the rest.
-        temperature: softens the teacher's and the student's scores.
-        optimiser: makes an optimiser from the trainable parameters; AdamW where None.
-        loss: takes scores and labels and gives the mean loss; cross-entropy where None.
-
-    Raises:
-        TypeError: a number has the wrong type.
-        ValueError: a number is out of range.
+        training: the options of the loop.
+        batch_norm: whether batch-norm statistics are first corrected for what compression did to them; needs
+            a teacher (see `weft.schemes.corrections`).
     """
 
-    epochs: int = 1
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    label_share: float = 0.0
-    temperature: float = 2.0
-    optimiser: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        checks.integer_between("epochs", self.epochs, 1, None)
-        checks.positive("learning_rate", self.learning_rate)
-        checks.positive("temperature", self.temperature)
-        if not self.weight_decay >= 0:
-            raise ValueError(checks.fault("weight_decay", "at least 0", self.weight_decay, "use 0 for none"))
-        checks.share("label_share", self.label_share, zero_allowed=True)
+    training: Training = Training()
+    batch_norm: bool = False
 
     def run(
         self,
@@ -59,6 +38,10 @@ class FineTune:
         batches: Iterable[Any],
         *,
         teacher: nn.Module | None = None,
+        validation: Validation | None = None,
+        log: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_seconds: float = 30.0,
         shown: bool | None = None,
     ) -> Result:
         """Trains a copy of the model.
@@ -68,109 +51,50 @@ class FineTune:
             batches: (inputs, labels) pairs that can be iterated once per epoch; with a teacher and no label
                 share inputs alone serve too.
             teacher: the dense network; its scores are the target.
+            validation: held-out (inputs, labels) batches for the accuracy after every epoch, or a function
+                that gives a network's metric, larger is better.
+            log: a file that gets one JSON line per step; in the checkpoint's folder where None.
+            checkpoint: a folder for the run's state; the same call with the same folder goes on from there.
+            checkpoint_seconds: the least time between two checkpoints.
             shown: whether to draw a progress bar; where None, only on a terminal.
 
         Returns:
-            The trained network in the modes of the given one, and one log entry per step: step, epoch, loss,
-            seconds.
+            The trained network in the modes of the given one, and one log entry per step (step, epoch, loss,
+            size, seconds) and per validation (metric in place of loss).
 
         Raises:
-            ValueError: nothing can be trained, there are no batches, or the loss became NaN or infinite.
+            ValueError: nothing can be trained, there are no batches, the loss became NaN or infinite, or
+                batch-norm shall be corrected without a teacher.
         """
+        kept = None
+        if checkpoint is not None:
+            run = {"scheme": "FineTune", "batch_norm": self.batch_norm, **self.training.describe(model)}
+            kept = Checkpoint(checkpoint, run, seconds=checkpoint_seconds)
         student = copy.deepcopy(model)
+        if self.batch_norm:
+            if teacher is None:
+                remedy = "pass the dense network"
+                raise ValueError(checks.fault("teacher", "given with batch_norm", None, remedy))
+            check_repeatable("batches", batches)
+            restart_batch_norm(student, teacher)
+            correct_batch_norm(student, teacher, map(inputs_of, batches), shown=shown)
         relax(student)
-        parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        if not parameters:
-            remedy = "unfreeze some weights"
-            raise ValueError(
-                checks.fault("model", "one with weights to train", "none that requires a gradient", remedy)
-            )
-        log = self._train(student, parameters, batches, teacher, shown)
+        written = self.training.run(
+            student,
+            batches,
+            teacher=teacher,
+            validation=validation,
+            log=Log(kept.log if log is None and kept is not None else log),
+            checkpoint=kept,
+            notes={"size": network_cost(model).bytes},
+            description="fine-tuning",
+            shown=shown,
+        )
         harden(student)
         modes = {name: module.training for name, module in model.named_modules()}
         for name, module in student.named_modules():
             module.training = modes.get(name, module.training)
-        return Result(student, log)
-
-    def _train(
-        self,
-        student: nn.Module,
-        parameters: list[nn.Parameter],
-        batches: Iterable[Any],
-        teacher: nn.Module | None,
-        shown: bool | None,
-    ) -> list[dict[str, Any]]:
-        optimiser = (
-            torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-            if self.optimiser is None
-            else self.optimiser(parameters)
-        )
-        length = operator.length_hint(batches)
-        scheduler = None
-        if length:
-            total = length * self.epochs
-
-            def cosine(step: int) -> float:
-                return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
-
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, cosine)
-        log: list[dict[str, Any]] = []
-        start = time.perf_counter()
-        student.train()
-        for epoch in range(self.epochs):
-            steps_before = len(log)
-            for batch in track(batches, f"fine-tuning, epoch {epoch + 1} of {self.epochs}", shown=shown):
-                if not batch_size(batch):
-                    continue
-                loss = self._loss(student, to_device(batch, device_of(student)), teacher)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    got = f"{value} at step {len(log)}"
-                    remedy = f"lower the learning rate ({self.learning_rate}) or check the data"
-                    raise ValueError(checks.fault("loss", "finite", got, remedy))
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
-                if scheduler is not None:
-                    scheduler.step()
-                seconds = time.perf_counter() - start
-                log.append({"step": len(log), "epoch": epoch, "loss": value, "seconds": seconds})
-            if len(log) == steps_before:
-                remedy = "pass a list or a DataLoader, not an iterator that is used up"
-                got = f"no batches in epoch {epoch + 1}"
-                raise ValueError(checks.fault("batches", "not empty", got, remedy))
-        return log
-
-    def _loss(self, student: nn.Module, batch: Any, teacher: nn.Module | None) -> Tensor:
-        if teacher is None:
-            given, labels = self._split(batch)
-            return self._label_loss(logits_of(call(student, given)), labels)
-        pair = isinstance(batch, list | tuple) and len(batch) == 2
-        given = batch[0] if pair else batch
-        scores = logits_of(call(student, given)) / self.temperature
-        with torch.no_grad(), evaluating(teacher):
-            target = logits_of(call(teacher, given)) / self.temperature
-        loss = F.kl_div(
-            scores.log_softmax(-1).flatten(0, -2),
-            target.log_softmax(-1).flatten(0, -2),
-            log_target=True,
-            reduction="batchmean",
-        )
-        loss = loss * self.temperature**2  # keeps the gradient's size whatever the temperature
-        if self.label_share:
-            _, labels = self._split(batch)
-            supervised = self._label_loss(scores * self.temperature, labels)
-            loss = (1 - self.label_share) * loss + self.label_share * supervised
-        return loss
-
-    def _split(self, batch: Any) -> tuple[Any, Tensor]:
-        """Inputs and labels; a loss of the user's own takes labels of any dtype."""
-        return labelled(batch) if self.loss is None else paired(batch)
-
-    def _label_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        if self.loss is not None:
-            return self.loss(scores, labels)
-        return F.cross_entropy(scores.flatten(0, -2), labels.flatten())
+        return Result(student, written.entries)
 
 
 def fine_tune(
@@ -178,7 +102,12 @@ def fine_tune(
     batches: Iterable[Any],
     *,
     teacher: nn.Module | None = None,
+    validation: Validation | None = None,
+    log: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 30.0,
     shown: bool | None = None,
+    batch_norm: bool = False,
     **options: Any,
 ) -> Result:
     """Trains a compressed network further; the given one is not changed.
@@ -187,14 +116,19 @@ def fine_tune(
         model: the compressed network.
         batches: (inputs, labels) pairs; with a teacher inputs alone serve too.
         teacher: the dense network; its scores are the target, so that no labels are needed.
+        validation: held-out (inputs, labels) batches, or a function that gives a network's metric.
+        log: a file that gets one JSON line per step.
+        checkpoint: a folder for the run's state; the same call with the same folder goes on from there.
+        checkpoint_seconds: the least time between two checkpoints.
         shown: whether to draw a progress bar; where None, only on a terminal.
-        **options: fields of `FineTune`: epochs, learning_rate, weight_decay, label_share, temperature, ...
+        batch_norm: whether batch-norm statistics are corrected first.
+        **options: fields of `Training` and `Objective`: epochs, learning_rate, optimiser, label_share, ...
 
     Returns:
-        The trained network and one log entry per step.
+        The trained network and its log.
 
     Examples:
-        >>> import weft
+        >>> import torch, weft
         >>> from weft.structures.low_rank import LowRank
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> small, _ = weft.compress(model, {"0": LowRank(rank=2)})
@@ -202,4 +136,13 @@ def fine_tune(
         >>> len(log)
         6
     """
-    return FineTune(**options).run(model, batches, teacher=teacher, shown=shown)
+    return FineTune(Training.of(**options), batch_norm).run(
+        model,
+        batches,
+        teacher=teacher,
+        validation=validation,
+        log=log,
+        checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
+        shown=shown,
+    )

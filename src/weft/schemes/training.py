@@ -1,0 +1,487 @@
+"""The one training loop: every scheme that trains runs it, with its own penalty, hooks and data."""
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils._pytree import tree_leaves
+
+from weft import checks
+from weft.layers.base import StructuredLayer
+from weft.measure import accuracy, batch_size, call, check_repeatable, device_of, evaluating, to_device
+from weft.progress import track
+from weft.schemes.checkpoint import Checkpoint, described
+from weft.schemes.data_order import order_of, restore_order
+from weft.schemes.log import Log
+from weft.schemes.objective import Objective, inputs_of
+from weft.schemes.randomness import own_randomness, random_state, seed_all, set_random_state
+
+Parameters = list[nn.Parameter]
+Metric = Callable[[nn.Module], float]
+Validation = Iterable[Any] | Metric
+
+OPTIMISERS: Mapping[str, Callable[..., Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": lambda parameters, **options: torch.optim.SGD(parameters, momentum=0.9, **options),
+}
+# The learning rate's factor at a share of the way.
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+    "linear": lambda share: 1 - share,
+    "constant": lambda share: 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train: a value that any scheme may hold.
+
+    Args:
+        epochs: passes over the batches.
+        learning_rate: at the start; an optimiser of your own has its own.
+        weight_decay: of the named optimisers.
+        optimiser: "adamw", "adam", "rmsprop", "sgd" (momentum 0.9), or a function that makes one from the
+            trainable parameters.
+        schedule: "cosine" (half a period, to zero), "linear" (to zero) or "constant", or a function that
+            makes a scheduler from the optimiser and the number of steps; it is stepped after every step.
+            Where the number of batches is not known a named one is constant.
+        accumulate: batches per step; their gradients are averaged by samples.
+        mixed_precision: whether products run in bfloat16 (torch.autocast); weights and updates stay as they
+            are.
+        clip: the largest norm of the gradient; None for no bound.
+        patience: ends when so many epochs in a row have not improved the validation metric, and gives the
+            best epoch's weights; None trains to the end.
+        seed: decides everything that is drawn while training: the same call gives the same result.
+        objective: the loss.
+
+    Raises:
+        TypeError: a number has the wrong type.
+        ValueError: a number is out of range, or a name unknown.
+    """
+
+    epochs: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    optimiser: str | Callable[[Parameters], Optimizer] = "adamw"
+    schedule: str | Callable[[Optimizer, int], LRScheduler] = "cosine"
+    accumulate: int = 1
+    mixed_precision: bool = False
+    clip: float | None = None
+    patience: int | None = None
+    seed: int = 0
+    objective: Objective = Objective()
+
+    def __post_init__(self) -> None:
+        checks.integer_between("epochs", self.epochs, 1, None)
+        checks.positive("learning_rate", self.learning_rate)
+        if not self.weight_decay >= 0:
+            raise ValueError(checks.fault("weight_decay", "at least 0", self.weight_decay, "use 0 for none"))
+        if isinstance(self.optimiser, str):
+            checks.one_of("optimiser", self.optimiser, OPTIMISERS)
+        if isinstance(self.schedule, str):
+            checks.one_of("schedule", self.schedule, SCHEDULES)
+        checks.integer_between("accumulate", self.accumulate, 1, None)
+        if self.clip is not None:
+            checks.positive("clip", self.clip)
+        if self.patience is not None:
+            checks.integer_between("patience", self.patience, 1, None)
+        checks.integer_between("seed", self.seed, 0, None)
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Makes one from its own fields and those of its objective side by side.
+
+        Args:
+            **options: epochs, learning_rate, ..., label_share, temperature, ...
+
+        Returns:
+            The value; an unknown name is a TypeError.
+
+        Examples:
+            >>> Training.of(epochs=3, temperature=4.0).objective.temperature
+            4.0
+        """
+        names = {field.name for field in fields(Objective)}
+        loss = {name: options.pop(name) for name in list(options) if name in names}
+        return cls(**options, objective=Objective(**loss)) if loss else cls(**options)
+
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """What a training is, for its checkpoint.
+
+        Args:
+            model: the network before training.
+
+        Returns:
+            The options and the network's tensors' shapes by name, JSON-ready.
+        """
+        own = {field.name: described(getattr(self, field.name)) for field in fields(self)}
+        own["tensors"] = {name: list(value.shape) for name, value in model.state_dict().items()}
+        own["objective"] = {
+            field.name: described(getattr(self.objective, field.name)) for field in fields(Objective)
+        }
+        return own
+
+    def run(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        teacher: nn.Module | None = None,
+        penalty: Callable[[nn.Module], Tensor] | None = None,
+        after_step: Callable[[nn.Module], None] | None = None,
+        validation: Validation | None = None,
+        log: Log | None = None,
+        checkpoint: Checkpoint | None = None,
+        notes: Mapping[str, Any] | None = None,
+        most_steps: int | None = None,
+        description: str = "training",
+        shown: bool | None = None,
+    ) -> Log:
+        """Trains a network in place; it is left in training mode.
+
+        Whatever requires a gradient trains. Structured matrices whose values do not train as they are must
+        have been relaxed (`weft.layers.base.relax`).
+
+        Args:
+            model: the network.
+            batches: what the objective takes, iterable once per epoch.
+            teacher: the network to learn from.
+            penalty: is added to the loss of every step; its gradient flows into the network.
+            after_step: is called with the network after every step, before the step's checkpoint.
+            validation: held-out (inputs, labels) batches for the accuracy after every epoch, or a function
+                that gives a network's metric, larger is better.
+            log: gets the entries; it may hold those of earlier stages.
+            checkpoint: where the state is kept. If it holds the state of this very training, it goes on from
+                there.
+            notes: fields that every entry gets, such as size.
+            most_steps: ends after so many steps; the schedule stays that of the whole training.
+            description: what the progress bar says.
+            shown: whether to draw it; where None, only on a terminal.
+
+        Returns:
+            The log.
+
+        Raises:
+            ValueError: nothing can be trained, there are no batches, patience has no validation, or the loss
+                or a gradient became NaN or infinite; the checkpoint then is the last good one.
+        """
+        parameters = trainable(model)
+        self.objective.check(model, teacher)
+        if self.patience is not None and validation is None:
+            raise ValueError(
+                checks.fault("validation", "given with patience", None, "pass validation batches")
+            )
+        log = Log() if log is None else log
+        hooks = _Hooks(penalty, after_step, _metric(validation))
+        stage = _Stage(self, model, parameters, batches, teacher, hooks, log, checkpoint)
+        stage.notes = dict(notes or {})
+        stage.most_steps = most_steps
+        stage.show = (description, shown)
+        with own_randomness():
+            stage.run()
+        return log
+
+
+def trainable(model: nn.Module) -> Parameters:
+    """The parameters that require a gradient, shared ones once.
+
+    Args:
+        model: the network.
+
+    Returns:
+        At least one.
+
+    Raises:
+        ValueError: there are none; the message says why.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if parameters:
+        return parameters
+    whole = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, StructuredLayer) and not list(module.matrix.parameters())
+    ]
+    if whole:
+        got = f"none: all tensors of {', '.join(map(repr, whole))} are integers"
+        remedy = "plan a family with values that train, or leave a layer dense"
+    else:
+        got, remedy = "none that requires a gradient", "unfreeze some weights"
+    raise ValueError(checks.fault("model", "one with weights to train", got, remedy))
+
+
+class _Hooks(NamedTuple):
+    """What a scheme adds to the loop."""
+
+    penalty: Callable[[nn.Module], Tensor] | None
+    after_step: Callable[[nn.Module], None] | None
+    metric: Metric | None
+
+
+class _Stage:
+    """One call of `Training.run`: what changes from step to step."""
+
+    notes: dict[str, Any]
+    most_steps: int | None
+    show: tuple[str, bool | None]
+
+    def __init__(
+        self,
+        options: Training,
+        model: nn.Module,
+        parameters: Parameters,
+        batches: Iterable[Any],
+        teacher: nn.Module | None,
+        hooks: "_Hooks",
+        log: Log,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self.options, self.model, self.parameters, self.batches = options, model, parameters, batches
+        self.teacher, self.hooks = teacher, hooks
+        self.log, self.checkpoint = log, checkpoint
+        self.optimiser = _optimiser(options, parameters)
+        self.scheduler = _scheduler(options, self.optimiser, batches)
+        self.epoch = 0
+        self.done = 0  # steps of this epoch
+        self.first = log.steps
+        self.order: list[Any] = []  # where the batches stood when the epoch began
+        self.best: dict[str, Any] | None = None
+        self.waited = 0
+        self.finished = False
+
+    # -- the loop
+
+    def run(self) -> None:
+        held = None if self.checkpoint is None else self.checkpoint.take()
+        if held is not None:
+            self._restore(held)
+        while not self.finished:
+            self._run_epoch(None if held is None else held["random"])
+            held = None
+        if self.checkpoint is not None and self.most_steps is None:
+            self._save()
+
+    def _run_epoch(self, state: Mapping[str, Any] | None) -> None:
+        """One epoch; from the middle of it where `state` says how the generators stood there."""
+        epochs = self.options.epochs
+        if state is None:
+            self.order = order_of(self.batches)
+        else:
+            restore_order(self.batches, self.order)
+        # The order of an epoch follows from the seed and the steps before, whatever else was drawn.
+        seed_all(self.options.seed + self.first + self.epoch)
+        description, shown = self.show
+        batches = track(self.batches, f"{description}, epoch {self.epoch + 1} of {epochs}", shown=shown)
+        self.model.train()
+        steps = 0
+        for group in _groups(batches, self.options.accumulate):
+            steps += 1
+            if steps <= self.done:
+                continue
+            if state is not None:
+                set_random_state(state)
+                state = None
+            self._step(group)
+            if self.finished:
+                return
+        if not steps:
+            remedy = "pass a list or a DataLoader, not an iterator that is used up"
+            got = f"no batches in epoch {self.epoch + 1}"
+            raise ValueError(checks.fault("batches", "not empty", got, remedy))
+        if state is not None:
+            set_random_state(state)
+        self._end_epoch()
+
+    def _step(self, group: list[Any]) -> None:
+        device = device_of(self.model)
+        samples = sum(map(batch_size, group))
+        total, extra = 0.0, {}
+        self.optimiser.zero_grad(set_to_none=True)
+        for index, batch in enumerate(group):
+            batch = to_device(batch, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.options.mixed_precision):
+                loss = self.options.objective(self.model, batch, self.teacher)
+            share = batch_size(batch) / samples
+            value = float(loss.detach())
+            self._check("loss", value, batch)
+            total += share * value
+            loss = loss * share
+            if self.hooks.penalty is not None and index == len(group) - 1:
+                added = self.hooks.penalty(self.model)
+                extra = {"penalty": float(added.detach())}
+                self._check("penalty", extra["penalty"], batch)
+                loss = loss + added
+            loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self._check("norm of the gradient", float(norm), group[-1])
+        if self.options.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.options.clip, norm)
+        self.optimiser.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.hooks.after_step is not None:
+            self.hooks.after_step(self.model)
+        self.done += 1
+        self.log.step(epoch=self.epoch, loss=total, **extra, **self.notes)
+        self.finished = self.log.steps - self.first == self.most_steps
+        if self.checkpoint is not None and self.checkpoint.due():
+            self._save()
+
+    def _end_epoch(self) -> None:
+        metric = None
+        if self.hooks.metric is not None:
+            with evaluating(self.model), torch.no_grad():
+                metric = float(self.hooks.metric(self.model))
+            self.log.note(epoch=self.epoch, metric=metric, **self.notes)
+        self.epoch, self.done = self.epoch + 1, 0
+        self.finished = self.epoch == self.options.epochs
+        if self.options.patience is None or metric is None:
+            return
+        if self.best is None or metric > self.best["metric"]:
+            self.best, self.waited = {"metric": metric, "model": _copy(self.model)}, 0
+        else:
+            self.waited += 1
+        self.finished |= self.waited >= self.options.patience
+        if self.finished:
+            self.model.load_state_dict(self.best["model"])
+
+    # -- what goes wrong
+
+    def _check(self, what: str, value: float, batch: Any = None) -> None:
+        if math.isfinite(value):
+            return
+        got = f"{value} at step {self.log.steps}{_blame(self.model, batch)}"
+        remedy = f"lower the learning rate ({self.options.learning_rate}) or check the data"
+        raise ValueError(checks.fault(what, "finite", got, remedy))
+
+    # -- checkpoints
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        if any(not bool(parameter.isfinite().all()) for parameter in self.parameters):
+            self._check("weights", math.nan)  # a checkpoint of these would be no good one
+        self.checkpoint.write({
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "epoch": self.epoch,
+            "done": self.done,
+            "first": self.first,
+            "order": self.order,
+            "random": random_state(),
+            "best": self.best,
+            "waited": self.waited,
+            "finished": self.finished,
+            "log": self.log.position(),
+        })
+
+    def _restore(self, held: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(held["model"])
+        self.optimiser.load_state_dict(held["optimiser"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(held["scheduler"])
+        for name in ("epoch", "done", "first", "order", "best", "waited", "finished"):
+            setattr(self, name, held[name])
+        self.log.rewind(held["log"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def _optimiser(options: Training, parameters: Parameters) -> Optimizer:
+    if not isinstance(options.optimiser, str):
+        return options.optimiser(parameters)
+    make = OPTIMISERS[options.optimiser]
+    return make(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+
+
+def _scheduler(options: Training, optimiser: Optimizer, batches: Iterable[Any]) -> LRScheduler | None:
+    per_epoch = -(-operator.length_hint(batches) // options.accumulate)
+    total = per_epoch * options.epochs
+    if not isinstance(options.schedule, str):
+        return options.schedule(optimiser, total)
+    if not total:
+        return None
+    factor = SCHEDULES[options.schedule]
+    return LambdaLR(optimiser, lambda step: factor(min(step, total) / total))
+
+
+def _metric(validation: Validation | None) -> Metric | None:
+    if validation is None or callable(validation):
+        return validation
+    check_repeatable("validation", validation)
+    return lambda model: accuracy(model, validation, shown=False)
+
+
+def _groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Batches that hold samples, so many at a time; the last group may be smaller."""
+    full = (batch for batch in batches if batch_size(batch))
+    while group := list(itertools.islice(full, size)):
+        yield group
+
+
+def _copy(model: nn.Module) -> dict[str, Any]:
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in model.state_dict().items()
+    }
+
+
+def _blame(model: nn.Module, batch: Any) -> str:
+    """Where numbers first stop being finite: a weight, the batch, a layer's output, or a gradient."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f", in weight {name} of norm {_norm(parameter)}"
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            if found or _finite(output):
+                return
+            if not _finite(given):
+                found.append(f", in the batch itself (first used by layer {name!r})")
+                return
+            norms = ", ".join(f"{held} {_norm(weight)}" for held, weight in module.named_parameters())
+            found.append(f", in the output of layer {name!r} (norms of its weights: {norms or 'none'})")
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(name))
+        for name, module in model.named_modules()
+        if not list(module.children()) or isinstance(module, StructuredLayer)
+    ]
+    try:
+        with torch.no_grad(), evaluating(model):
+            call(model, to_device(inputs_of(batch), device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, parameter in model.named_parameters():
+        if not found and parameter.grad is not None and not _finite(parameter.grad):
+            found.append(f", in the gradient of {name} (norm of the weight: {_norm(parameter)})")
+    return found[0] if found else ""
+
+
+def _norm(tensor: Tensor) -> str:
+    return f"{float(tensor.detach().norm()):.4g}"
+
+
+def _finite(value: Any) -> bool:
+    """Whether the floating tensors in a module's input or output are finite."""
+    return all(
+        bool(tensor.isfinite().all())
+        for tensor in tree_leaves(value)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point()
+    )
