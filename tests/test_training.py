@@ -334,6 +334,10 @@ def test_what_holds_only_integers_says_so() -> None:
 # Log and checkpoint
 
 
+class KilledError(Exception):
+    pass
+
+
 def test_the_log_is_json_lines_and_can_be_rewound(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     _, log = fine_tune(network(), batches(), log=path)
@@ -395,15 +399,48 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         fine_tune(network(width=5), batches(), checkpoint=tmp_path / "run")
 
 
+def test_a_scheme_of_stages_keeps_its_own_state_beside_the_loops(tmp_path: Path) -> None:
+    training = Training(schedule="constant")
+
+    def run(folder: str, stop: int | None = None) -> tuple[nn.Module, Log]:
+        """Two stages of training with a rounding between them, as a scheme might have."""
+        model, steps = network(), 0
+        kept = Checkpoint(tmp_path / folder, {"scheme": "two stages"}, seconds=0)
+
+        def count(_: nn.Module) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == stop:
+                raise KilledError
+
+        kept.outer.setdefault("stage", 0)
+        while (stage := kept.outer["stage"]) < 2:
+            held = kept.outer.get("weights")
+            if held is not None:
+                model.load_state_dict(held)
+            training.run(model, batches(), checkpoint=kept, after_step=count, notes={"stage": stage})
+            with torch.no_grad():
+                model[0].weight.copy_(model[0].weight.mul(8).round() / 8)
+            kept.outer.update(stage=stage + 1, weights={**model.state_dict()})
+            kept.log.note(stage=stage, rounded=True)
+            kept.write()
+        return model, kept.log
+
+    whole, log = run("whole")
+    assert len(log.entries) == 14
+    for stop in (3, 6, 7, 9):
+        with pytest.raises(KilledError):
+            run(f"killed{stop}", stop)
+        model, again = run(f"killed{stop}")
+        assert_same(model, whole)
+        assert [entry.get("loss") for entry in again.entries] == [entry.get("loss") for entry in log.entries]
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     one = fine_tune(network(), batches(), checkpoint=tmp_path / "run")
     two = fine_tune(network(), batches(), checkpoint=tmp_path / "run")
     assert_same(one.model, two.model)
     assert one.log == two.log
-
-
-class KilledError(Exception):
-    pass
 
 
 @pytest.mark.parametrize("stop", [1, 4, 6, 7, 11])
@@ -450,7 +487,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
 
         kept = Checkpoint(tmp_path / folder, seconds=0)
         log = Training(epochs=3, learning_rate=1e-2, optimiser="rmsprop", patience=2).run(
-            model, data(), validation=batches(2), log=Log(kept.log), checkpoint=kept, after_step=count
+            model, data(), validation=batches(2), checkpoint=kept, after_step=count
         )
         return model, log
 
@@ -459,7 +496,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
         run("killed", stop)
     if stop > 1:
         held = read_state(tmp_path / "killed" / "checkpoint.safetensors")
-        assert held["inner"]["log"]["steps"] == stop - 1
+        assert held["log"]["steps"] == stop - 1
     model, again = run("killed")
     assert_same(model, whole)
     timeless = [[{**entry, "seconds": 0} for entry in each.entries] for each in (again, log)]

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft import checks
+from weft.schemes.log import Log
 from weft.storage import write_beside
 
 FILE = "checkpoint.safetensors"
@@ -29,15 +30,18 @@ class Checkpoint:
     """A folder that holds the last complete state of a run.
 
     A scheme of several stages keeps its own state in `outer`; the training loop writes it along with its own
-    state at every checkpoint, and takes its own state back by `take` when it is called again.
+    state and the log's place at every checkpoint, and takes its own state back by `take` when it is called
+    again.
 
     Args:
         folder: made if missing; its parent must exist.
         run: what the run is, JSON-ready: a checkpoint of another run is refused.
+        log: where the run's log is written; in the folder where None.
         seconds: the least time between two checkpoints; 0 writes one after every step.
 
     Attributes:
         outer: the state of the scheme around the training loop; empty in a new run.
+        log: the run's log, of a resumed run what it held when the state was written.
         resumed: whether the folder held a state.
 
     Raises:
@@ -45,7 +49,7 @@ class Checkpoint:
         ValueError: the folder holds the state of another run, or a damaged file.
 
     Examples:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     Checkpoint(folder, {"epochs": 2}).write({"step": 3, "weight": torch.ones(2)})
         ...     again = Checkpoint(folder, {"epochs": 2})
@@ -54,7 +58,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], run: Mapping[str, Any] | None = None, *, seconds: float = 30.0
+        self,
+        folder: str | os.PathLike[str],
+        run: Mapping[str, Any] | None = None,
+        *,
+        log: str | os.PathLike[str] | None = None,
+        seconds: float = 30.0,
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.absolute().parent.is_dir():
@@ -63,6 +72,7 @@ class Checkpoint:
         self.folder.mkdir(exist_ok=True)
         self.run = json.loads(json.dumps(dict(run or {})))  # as it will be read back
         self.seconds = seconds
+        self.log = Log(self.folder / LOG if log is None else log)
         self.outer: dict[str, Any] = {}
         self._inner: Any = None
         self._written = time.monotonic()
@@ -74,11 +84,6 @@ class Checkpoint:
     def file(self) -> Path:
         """Where the state lies."""
         return self.folder / FILE
-
-    @property
-    def log(self) -> Path:
-        """Where the run's log lies, unless it is kept elsewhere."""
-        return self.folder / LOG
 
     def _read(self) -> None:
         held = read_state(self.file)
@@ -92,6 +97,7 @@ class Checkpoint:
             remedy = f"give the same options, or {_REMEDY}"
             raise ValueError(checks.fault(f"checkpoint {self.folder}", "one of this run", got, remedy))
         self.outer, self._inner = held["outer"], held["inner"]
+        self.log.rewind(held["log"])
 
     def take(self) -> Any:
         """The training loop's state, once.
@@ -113,7 +119,8 @@ class Checkpoint:
             inner: the training loop's part: tensors, numbers, text, None, and lists, tuples and dictionaries
                 of these. None between two stages of a scheme, whose next training then starts anew.
         """
-        write_state(self.file, {"run": self.run, "outer": self.outer, "inner": inner})
+        state = {"run": self.run, "outer": self.outer, "inner": inner, "log": self.log.position()}
+        write_state(self.file, state)
         self._written = time.monotonic()
 
 

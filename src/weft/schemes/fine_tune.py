@@ -69,7 +69,7 @@ class FineTune:
         kept = None
         if checkpoint is not None:
             run = {"scheme": "FineTune", "batch_norm": self.batch_norm, **self.training.describe(model)}
-            kept = Checkpoint(checkpoint, run, seconds=checkpoint_seconds)
+            kept = Checkpoint(checkpoint, run, log=log, seconds=checkpoint_seconds)
         student = copy.deepcopy(model)
         if self.batch_norm:
             if teacher is None:
@@ -84,7 +84,7 @@ class FineTune:
             batches,
             teacher=teacher,
             validation=validation,
-            log=Log(kept.log if log is None and kept is not None else log),
+            log=Log(log) if kept is None else kept.log,
             checkpoint=kept,
             notes={"size": network_cost(model).bytes},
             description="fine-tuning",

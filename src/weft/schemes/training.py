@@ -159,9 +159,9 @@ class Training:
             after_step: is called with the network after every step, before the step's checkpoint.
             validation: held-out (inputs, labels) batches for the accuracy after every epoch, or a function
                 that gives a network's metric, larger is better.
-            log: gets the entries; it may hold those of earlier stages.
-            checkpoint: where the state is kept. If it holds the state of this very training, it goes on from
-                there.
+            log: gets the entries; it may hold those of earlier stages. That of the checkpoint where None.
+            checkpoint: where the state is kept. If it holds the state of this very training, that goes on
+                from there.
             notes: fields that every entry gets, such as size.
             most_steps: ends after so many steps; the schedule stays that of the whole training.
             description: what the progress bar says.
@@ -180,7 +180,8 @@ class Training:
             raise ValueError(
                 checks.fault("validation", "given with patience", None, "pass validation batches")
             )
-        log = Log() if log is None else log
+        if log is None:
+            log = Log() if checkpoint is None else checkpoint.log
         hooks = _Hooks(penalty, after_step, _metric(validation))
         stage = _Stage(self, model, parameters, batches, teacher, hooks, log, checkpoint)
         stage.notes = dict(notes or {})
@@ -382,7 +383,6 @@ class _Stage:
             "best": self.best,
             "waited": self.waited,
             "finished": self.finished,
-            "log": self.log.position(),
         })
 
     def _restore(self, held: Mapping[str, Any]) -> None:
@@ -392,7 +392,6 @@ class _Stage:
             self.scheduler.load_state_dict(held["scheduler"])
         for name in ("epoch", "done", "first", "order", "best", "waited", "finished"):
             setattr(self, name, held[name])
-        self.log.rewind(held["log"])
 
 
 # ------------------------------------------------------------------------------------------------------------
