@@ -106,7 +106,7 @@ class Log:
             raise ValueError(checks.fault(str(self.path), f"at least {size} bytes long", held, remedy))
         if self._file is not None:
             self._file.close()
-        self._file = self.path.open("r+b")
+        self._file = self.path.open("r+b" if held else "w+b")
         self.entries = [json.loads(line) for line in self._file.read(size).splitlines()]
         self._file.truncate(size)
         self._file.seek(size)
