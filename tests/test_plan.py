@@ -4,8 +4,6 @@ import copy
 import itertools
 import json
 import math
-import os
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,6 @@ from torch.nn.utils import parametrizations
 import weft
 from tests.examples import Example, each_example, each_family
 from weft.measure import network_cost
-from weft.plan import workers
 from weft.plan.advice import advise
 from weft.plan.allocate import allocate
 from weft.plan.budget import Budget
@@ -223,34 +220,6 @@ def test_half_precision_weights_reach_the_workers_as_they_are() -> None:
     survey = weft.survey(nn.Linear(12, 10, dtype=torch.bfloat16))
     curve = error_curves(survey, [LowRank])[""]
     assert all(point.cost.bytes == 2 * point.cost.parameters for point in curve)
-
-
-def _dies_once(folder: str) -> int:
-    mark = Path(folder) / "died"
-    if not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return 7
-
-
-def _dies(_: int) -> int:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return 0
-
-
-def test_what_a_lost_worker_had_is_done_again(tmp_path: Path) -> None:
-    outcomes = dict(workers.run(_dies_once, [lambda: str(tmp_path)] * 3, workers=2))
-    assert outcomes == {0: 7, 1: 7, 2: 7}
-
-
-def test_work_that_loses_every_worker_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="worker processes ended 3 times while at task 0"):
-        list(workers.run(_dies, [lambda: 0, lambda: 1], workers=2))
-
-
-def test_an_error_in_a_worker_is_that_error() -> None:
-    with pytest.raises(TypeError, match="abs"):
-        list(workers.run(abs, [lambda: "text", lambda: "text"], workers=2))
 
 
 # ------------------------------------------------------------------------------------------------------------

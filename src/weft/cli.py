@@ -102,6 +102,13 @@ Workers = Annotated[
 Ray = Annotated[
     str | None, typer.Option("--ray", help="Fit on Ray instead: local, or the address of a cluster.")
 ]
+WorkerMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--worker-memory",
+        help="GiB that each process may take; default: the machine's (a Ray node's) shared out evenly.",
+    ),
+]
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Where curves and times are kept; default: ~/.cache/weft.")
 ]
@@ -187,6 +194,7 @@ def plan_command(
     batch_size: BatchSize = 64,
     workers: Workers = None,
     ray: Ray = None,
+    worker_memory: WorkerMemory = None,
     cache: Cache = None,
     latency_batch: LatencyBatch = 1,
 ) -> None:
@@ -195,9 +203,9 @@ def plan_command(
     if limits.keep is not None:
         remedy = "use weft compress MODEL --budget keep=..., which measures every step"
         raise ValueError(checks.fault("--budget keep", "left to weft compress", limits.keep, remedy))
-    rules = _constraints(keep_dense, only)
+    rules, processes = _constraints(keep_dense, only), _Workers(workers, ray, worker_memory)
     network, found, summary = _read_survey(survey_file)
-    planning = _Planning(chosen, method, rules, sensitivity, samples, batch_size, workers, ray, cache)
+    planning = _Planning(chosen, method, rules, sensitivity, samples, batch_size, processes, cache)
     planner = _Planner(network, found, _load_data(data), planning, latency_batch)
     plan = planner.plan(limits)
     _print_plan(plan, found)
@@ -241,6 +249,7 @@ def compress_command(
     sequential: Sequential = False,
     workers: Workers = None,
     ray: Ray = None,
+    worker_memory: WorkerMemory = None,
     cache: Cache = None,
     latency_batch: LatencyBatch = 1,
     epochs: Annotated[
@@ -253,6 +262,8 @@ def compress_command(
     _check_folder(output)
     coder_of(entropy_coding)
     searched = None
+    processes = _Workers(workers, ray, worker_memory)
+    pool = processes.pool(1)
     if model.endswith(".json"):
         if budget is not None:
             raise ValueError(
@@ -271,7 +282,7 @@ def compress_command(
         network = load_model(model, weights)
         loaded = _load_data(data)
         found = _survey(network, loaded, samples, batch_size, fisher)
-        planning = _Planning(chosen, method, rules, sensitivity, 256, batch_size, workers, ray, cache)
+        planning = _Planning(chosen, method, rules, sensitivity, 256, batch_size, processes, cache)
         planner = _Planner(network, found, loaded, planning, latency_batch)
         source, weights_file = model, _text(weights)
         if limits.keep is not None:
@@ -283,7 +294,7 @@ def compress_command(
         None if loaded is None else loaded.inputs("calibration", batch_size=batch_size, limit=samples)
     )
     if searched is None:
-        small, log = compress(network, plan, found, batches=calibration, sequential=sequential)
+        small, log = compress(network, plan, found, batches=calibration, sequential=sequential, **pool)
     else:
         small, log = searched.model, None
     _print_plan(plan, found, log)
@@ -548,9 +559,28 @@ class _Planning:
     sensitivity: str
     samples: int
     batch_size: int
-    workers: int | None
-    ray: str | None
+    workers: "_Workers"
     cache: Path | None
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """What the options say about processes."""
+
+    count: int | None
+    ray: str | None
+    gibibytes: float | None
+
+    def pool(self, otherwise: int) -> dict[str, Any]:
+        """The arguments for what works in processes; so many where the user gave no number."""
+        given = self.gibibytes
+        return {
+            "workers": self.count or otherwise,
+            "ray": self.ray,
+            "worker_memory": None
+            if given is None
+            else int(checks.positive("--worker-memory", given) * 2**30),
+        }
 
 
 class _Planner:
@@ -573,8 +603,7 @@ class _Planner:
             select(options.families),
             constraints=options.constraints,
             cache=self.cache,
-            workers=options.workers or default_workers(),
-            ray=options.ray,
+            **options.workers.pool(default_workers()),
         )
         sensitivity = latency = None
         if options.sensitivity != "predicted" and self.data is not None:
@@ -616,6 +645,7 @@ class _Planner:
             evaluate=lambda network: accuracy(network, seen, shown=False),
             batches=self.data.inputs("calibration", batch_size=options.batch_size, limit=samples),
             sequential=sequential,
+            **options.workers.pool(1),
             **self._prepare(limits),
         )
         values = [accuracy(network, unseen, shown=False) for network in (self.network, found.model)]

@@ -28,7 +28,7 @@ from weft.measure import (
     slow_attention_path,
     to_device,
 )
-from weft.numerics.gram import DEFAULT_SHRINKAGE
+from weft.numerics.gram import DEFAULT_SHRINKAGE, alone
 from weft.progress import track
 from weft.storage import read_json, write_beside, write_text
 from weft.structures.base import (
@@ -103,6 +103,19 @@ class LayerSurvey:
         count = self.weight.numel()
         products = 0 if self.lookup else round(count * self.applications)
         return Cost(count, count * self.weight.element_size(), products)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self).copy()
+        for role in ("weight", "mean_input", "mean_output"):
+            if state[role] is not None:
+                state[role] = alone(state[role])
+        return state
+
+    def release(self) -> None:
+        """Drops what the Grams kept for the next fit."""
+        for gram in (self.input_gram, self.output_gram):
+            if gram is not None:
+                gram.release()
 
     def per_sample(self, cost: Cost) -> Cost:
         """A structure's cost in this layer.

@@ -14,6 +14,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,12 +81,29 @@ class Gram(ABC):
         """Drops roots that were kept for the next call: they take twice the memory of the moment itself."""
         vars(self).pop("_roots", None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: value for name, value in vars(self).items() if name != "_roots"}
+        return {**kept, "moment": alone(self.moment)}
+
     def digest(self) -> str:
         """A hash of the contents, for caches."""
         content = hashlib.sha256(type(self).__name__.encode())
         content.update(repr(self.ridge).encode())
         content.update(self.moment.contiguous().cpu().numpy().tobytes())
         return content.hexdigest()
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU without others in its memory: pickling a part of something writes all of it.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        The tensor itself where that is so already, detached.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _ridge(diagonal: Tensor, shrinkage: float) -> float:

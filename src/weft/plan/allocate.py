@@ -56,6 +56,7 @@ def allocate(
     cache: str | os.PathLike[str] | None = None,
     workers: int = 1,
     ray: str | None = None,
+    worker_memory: int | None = None,
     shown: bool | None = None,
 ) -> Plan:
     """Chooses a structure for every layer under a budget.
@@ -73,6 +74,7 @@ def allocate(
         cache: a folder that keeps error curves between runs; None for none.
         workers: processes that compute error curves, one thread each.
         ray: "local" or the address of a Ray cluster, in place of the processes.
+        worker_memory: bytes that each of them may take; where None, the machine's shared out evenly.
         shown: whether to draw a progress bar; where None, only on a terminal.
 
     Returns:
@@ -104,6 +106,7 @@ def allocate(
             cache=cache,
             workers=workers,
             ray=ray,
+            worker_memory=worker_memory,
             shown=shown,
         )
     knapsack = _Knapsack(survey, curves, limits, sensitivity, latency)

@@ -5,20 +5,17 @@ candidates of the first ones, thinned to a few along the curve, so that nothing 
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from weft import checks
 from weft.plan.constraints import Constraints
 from weft.plan.curve_cache import CurveCache, layer_digest
 from weft.plan.workers import run
 from weft.progress import track
-from weft.structures.base import Candidate, Geometry, Gram, Structure
+from weft.structures.base import Candidate, Structure
 from weft.structures.dense import Dense
 from weft.survey import LayerSurvey, Survey
 
@@ -34,6 +31,7 @@ def error_curves(
     cache: str | os.PathLike[str] | None = None,
     workers: int = 1,
     ray: str | None = None,
+    worker_memory: int | None = None,
     shown: bool | None = None,
 ) -> dict[str, list[Candidate]]:
     """The candidates of all families for every layer, the dense weight always among them.
@@ -46,6 +44,7 @@ def error_curves(
         workers: processes that compute curves, one thread each; 1 computes in this process. A script that
             asks for more needs the usual `if __name__ == "__main__":`.
         ray: "local" or the address of a Ray cluster, in place of the processes.
+        worker_memory: bytes that each of them may take; where None, the machine's shared out evenly.
         shown: whether to draw a progress bar; where None, only on a terminal.
 
     Returns:
@@ -82,8 +81,8 @@ def error_curves(
                 open_pieces.append((piece, key))
             else:
                 piece.add(curve, found)
-        made: list[Callable[[], _Job]] = [piece.job for piece, _ in open_pieces]
-        done = run(_curve, made, workers=workers, ray=ray)
+        made = [piece for piece, _ in open_pieces]
+        done = run(_curve, made, workers=workers, ray=ray, memory=worker_memory)
         for number, points in track(done, description, total=len(made), shown=shown):
             piece, key = open_pieces[number]
             if kept is not None and key is not None:
@@ -112,36 +111,12 @@ def error_curves(
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What a worker needs for one curve: arrays, which every kind of worker can be sent."""
-
-    weight: Any  # its bytes: not every kind of float is known outside torch
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    grams: tuple[tuple[type[Gram], Any, float] | None, ...]
-    geometry: Geometry | None
-    family: type[Structure]
-    inner: tuple[Structure, ...]
-
-
-@dataclass(frozen=True)
 class _Piece:
     """One family's curve for one layer."""
 
     layer: LayerSurvey
     family: type[Structure]
     inner: tuple[Structure, ...]
-
-    def job(self) -> _Job:
-        grams = tuple(
-            None if gram is None else (type(gram), gram.moment.numpy(), gram.ridge)
-            for gram in (self.layer.input_gram, self.layer.output_gram)
-        )
-        weight = self.layer.weight.detach().cpu().contiguous()
-        content = weight.flatten().view(torch.uint8).numpy()
-        return _Job(
-            content, weight.dtype, self.layer.shape, grams, self.layer.geometry, self.family, self.inner
-        )
 
     def add(self, points: Iterable[Candidate], found: dict[str, list[Candidate]]) -> None:
         layer = self.layer
@@ -150,25 +125,18 @@ class _Piece:
         ]
 
 
-def _curve(job: _Job) -> list[Candidate]:
-    grams = []
-    for parts in job.grams:
-        if parts is None:
-            grams.append(None)
-            continue
-        kind, moment, ridge = parts
-        build: Any = kind
-        gram = build(_tensor(moment))
-        gram.ridge = ridge
-        grams.append(gram)
-    weight = _tensor(job.weight).view(job.dtype).reshape(job.shape)
-    return job.family.error_curve(
-        weight, input_gram=grams[0], output_gram=grams[1], geometry=job.geometry, inner=job.inner
-    )
-
-
-def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+def _curve(piece: _Piece) -> list[Candidate]:
+    layer = piece.layer
+    try:
+        return piece.family.error_curve(
+            layer.weight.detach().cpu(),
+            input_gram=layer.input_gram,
+            output_gram=layer.output_gram,
+            geometry=layer.geometry,
+            inner=piece.inner,
+        )
+    finally:
+        layer.release()
 
 
 def _takes(family: type[Structure], layer: LayerSurvey) -> bool:

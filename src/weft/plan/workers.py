@@ -1,12 +1,22 @@
-"""Independent pieces of work in this process, in a pool of processes, or on a Ray cluster."""
+"""Independent pieces of work in this process, in a pool of processes, or on a Ray cluster.
+
+Memory is bounded on both sides. Here no more tasks than workers, and one to follow, are packed at a time.
+There a worker that would need more than its share gets a MemoryError instead of the whole machine's memory:
+on Linux the kernel refuses the allocation (RLIMIT_DATA), and Ray is told the same number, so that it places
+no more tasks on a node than the node has memory for.
+"""
 
 import importlib
 import os
+import pickle
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,38 +26,51 @@ from weft import checks
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 
-# How often a piece of work is begun again after the worker that had it was lost.
+# How often a piece of work is tried where the worker that had it is lost.
 _TRIES = 3
+_BOUNDED = sys.platform == "linux"  # elsewhere RLIMIT_DATA does not count what allocators map
 
 
 def run(
     function: Callable[[Task], Outcome],
-    tasks: Sequence[Callable[[], Task]],
+    tasks: Sequence[Task],
     *,
     workers: int = 1,
     ray: str | None = None,
+    memory: int | None = None,
 ) -> Iterator[tuple[int, Outcome]]:
     """Applies a function to tasks, in whatever order they are done.
 
-    No more tasks than workers, and one to follow, are in memory at a time: a task is made when it is sent.
-    What a lost worker had is done again; a task that loses worker after worker is a RuntimeError.
+    A task is packed when it is sent. What a lost worker had is done again; a task that loses worker after
+    worker is a RuntimeError, one that needs more memory than its worker may take a MemoryError.
 
     Args:
         function: a function of a module, which other processes can import.
-        tasks: what makes each argument.
+        tasks: the arguments.
         workers: processes with one thread each; 1 works in this process with torch's own threads.
         ray: "local" or the address of a Ray cluster, in place of the processes.
+        memory: bytes that a worker may take beyond what it holds when idle, its task and outcome included;
+            where None, the machine's (on Ray, the poorest node's) shared out evenly. Work in this process is
+            not bounded.
 
     Yields:
         A task's number and its outcome.
+
+    Raises:
+        ValueError: the bound is below 1, or given where the system cannot hold it.
     """
+    if memory is not None:
+        checks.integer_between("memory", memory, 1, None)
+        if not _BOUNDED:
+            expected = "left out on a system other than Linux, which does not hold it"
+            raise ValueError(checks.fault("memory", expected, memory, "leave it out"))
     if ray is not None:
-        yield from _on_ray(function, tasks, ray)
+        yield from _on_ray(function, tasks, ray, memory)
     elif workers > 1 and len(tasks) > 1:
-        yield from _in_processes(function, tasks, min(workers, len(tasks)))
+        yield from _in_processes(function, tasks, min(workers, len(tasks)), memory)
     else:
-        for number, make in enumerate(tasks):
-            yield number, function(make())
+        for number, task in enumerate(tasks):
+            yield number, function(task)
 
 
 def default_workers() -> int:
@@ -59,39 +82,87 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _one_thread() -> None:
+def machine_memory() -> int:
+    """The memory that this process and its children may have together.
+
+    Returns:
+        Bytes: those of the machine, or of the control group where that is less.
+    """
+    own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup/memory.max")
+    text = group.read_text(encoding="ascii").strip() if group.is_file() else ""
+    return min(own, int(text)) if text.isdigit() else own
+
+
+# ------------------------------------------------------------------------------------------------------------
+# In a worker
+
+
+def _work(function: Callable[[Any], Any], packed: bytes, memory: int | None) -> bytes:
+    # Tasks and outcomes travel as bytes: torch's own way of sending tensors between processes keeps a file
+    # open for each, and ends with the process that made them.
     torch.set_num_threads(1)
+    with _memory_bound(memory):
+        return pickle.dumps(function(pickle.loads(packed)), protocol=5)
+
+
+@contextmanager
+def _memory_bound(memory: int | None) -> Generator[None]:
+    """Refuses this process more than so many bytes beyond those that it holds."""
+    if memory is None or not _BOUNDED:
+        yield
+        return
+    import resource  # Unix alone has it
+
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])  # data and stacks
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    held = pages * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (held + memory, before[1]))
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            expected = "enough for a layer, its Grams and the fit's own needs"
+            remedy = "use fewer workers, give each more (--worker-memory), or leave out families"
+            got = f"{memory / 2**20:.0f} MiB"
+            raise MemoryError(checks.fault("memory per worker", expected, got, remedy)) from error
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where workers are
 
 
 def _in_processes(
-    function: Callable[[Any], Any], tasks: Sequence[Callable[[], Any]], workers: int
+    function: Callable[[Any], Any], tasks: Sequence[Any], workers: int, memory: int | None
 ) -> Iterator[tuple[int, Any]]:
     # Spawned, not forked: torch's threads do not survive a fork.
     def pool() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+        return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
+    share = machine_memory() // workers if memory is None else memory
     waiting = deque(range(len(tasks)))
     tries = dict.fromkeys(range(len(tasks)), 0)
-    running: dict[Future[Any], int] = {}
+    running: dict[Future[bytes], int] = {}
     executor = pool()
     try:
         while waiting or running:
             try:
                 while waiting and len(running) <= workers:
-                    running[executor.submit(function, tasks[waiting[0]]())] = waiting[0]
+                    packed = pickle.dumps(tasks[waiting[0]], protocol=5)
+                    running[executor.submit(_work, function, packed, share)] = waiting[0]
                     waiting.popleft()
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     outcome = future.result()  # before it is taken off: a lost worker's work stays
-                    yield running.pop(future), outcome
+                    yield running.pop(future), pickle.loads(outcome)
             except BrokenProcessPool as error:
                 for number in running.values():
                     tries[number] += 1
                     if tries[number] >= _TRIES:
-                        raise RuntimeError(
-                            f"worker processes ended {_TRIES} times while at task {number} (out of memory?); "
-                            "use fewer workers, or fewer families"
-                        ) from error
+                        raise _lost(number) from error
                 waiting.extendleft(sorted(running.values(), reverse=True))
                 running = {}
                 executor.shutdown(wait=False, cancel_futures=True)
@@ -100,8 +171,15 @@ def _in_processes(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+def _lost(number: int) -> RuntimeError:
+    return RuntimeError(
+        f"workers ended {_TRIES} times while at task {number} (out of memory?); "
+        "use fewer workers, or fewer families"
+    )
+
+
 def _on_ray(
-    function: Callable[[Any], Any], tasks: Sequence[Callable[[], Any]], address: str
+    function: Callable[[Any], Any], tasks: Sequence[Any], address: str, memory: int | None
 ) -> Iterator[tuple[int, Any]]:
     try:
         ray: Any = importlib.import_module("ray")  # an optional package
@@ -110,19 +188,39 @@ def _on_ray(
             checks.fault("ray", "installed", "no such package", 'pip install "weft[ray]"')
         ) from error
     if not ray.is_initialized():
-        ray.init(address=None if address == "local" else address, log_to_driver=False)
-    remote = ray.remote(num_cpus=1, max_retries=_TRIES)(_single_threaded)
-    window = int(ray.cluster_resources().get("CPU", 1)) + 1
+        ray.init(
+            address=address, log_to_driver=False, include_dashboard=False if address == "local" else None
+        )
+    share = _share_of_nodes(ray, memory)
+    remote = ray.remote(num_cpus=1, memory=share, max_retries=_TRIES - 1)(_work)
     waiting, running = deque(range(len(tasks))), {}
-    while waiting or running:
-        while waiting and len(running) < window:
-            number = waiting.popleft()
-            running[remote.remote(function, tasks[number]())] = number
-        done, _ = ray.wait(list(running), num_returns=1)
-        for reference in done:
-            yield running.pop(reference), ray.get(reference)
+    try:
+        while waiting or running:
+            while waiting and len(running) <= ray.cluster_resources().get("CPU", 0):  # nodes come and go
+                number = waiting.popleft()
+                # Kept by Ray on this node until it is done, for the case that another node is lost.
+                running[remote.remote(function, pickle.dumps(tasks[number], protocol=5), share)] = number
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                try:
+                    outcome = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from error
+                except ray.exceptions.RayError as error:
+                    raise _lost(running[reference]) from error
+                yield running.pop(reference), pickle.loads(outcome)
+    finally:
+        for reference in running:
+            ray.cancel(reference)
 
 
-def _single_threaded(function: Callable[[Any], Any], task: Any) -> Any:
-    _one_thread()
-    return function(task)
+def _share_of_nodes(ray: Any, memory: int | None) -> int:
+    """The memory of a worker on a cluster, which at least one node must have."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    most = int(max(node["memory"] for node in nodes))
+    if memory is None:
+        return int(min(node["memory"] // max(1, node["CPU"]) for node in nodes))
+    if memory > most:
+        expected = f"at most {most}, what the richest node of the Ray cluster offers"
+        raise ValueError(checks.fault("memory", expected, memory, "give less, or add a larger node"))
+    return memory

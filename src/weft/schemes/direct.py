@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from weft import checks
 from weft.layers.replace import replace_layer
 from weft.measure import Batch, check_repeatable
 from weft.plan.plan import check_plan
+from weft.plan.workers import run
 from weft.progress import track
 from weft.schemes.corrections import bias_correction, correct_batch_norm, restart_batch_norm
 from weft.schemes.result import Result
 from weft.schemes.sequential import Target, bias_shift, execution_order, sequential_target
-from weft.structures.base import Structure, relative_error
+from weft.structures.base import Structure, StructuredMatrix, relative_error
 from weft.structures.dense import Dense
 from weft.survey import LayerSurvey, Survey, find_layers
 from weft.survey import survey as survey_model
@@ -32,6 +33,9 @@ def compress(
     correct_biases: bool = True,
     sequential: bool = False,
     generator: torch.Generator | None = None,
+    workers: int = 1,
+    ray: str | None = None,
+    worker_memory: int | None = None,
     shown: bool | None = None,
 ) -> Result:
     """Replaces layers by structured ones, each fitted to its weight in the survey's metric.
@@ -45,7 +49,11 @@ def compress(
         sequential: whether layers are fitted one after the other in the order in which they run, each to the
             inputs that the compressed ones before it give (weft.schemes.sequential); needs batches that can
             be iterated more than once, two passes for every layer.
-        generator: the source of randomness of fits that need it; fixed seeds where None.
+        generator: the source of randomness of fits that need it, one seed for each layer; fixed seeds where
+            None.
+        workers: processes that fit, one thread each; 1 fits in this process, as sequential fits always do.
+        ray: "local" or the address of a Ray cluster, in place of the processes.
+        worker_memory: bytes that each of them may take; where None, the machine's shared out evenly.
         shown: whether to draw progress bars; where None, only on a terminal.
 
     Returns:
@@ -54,7 +62,7 @@ def compress(
 
     Raises:
         ValueError: the plan names a layer that the model does not have, that the survey knows in another
-            shape, or that a structure cannot take.
+            shape, or that a structure cannot take; or workers are asked for sequential fits.
 
     Examples:
         >>> import weft
@@ -83,17 +91,32 @@ def compress(
         check_repeatable("batches", batches)
         calls = execution_order(model, [own[name] for name in wanted], next(iter(batches)))
         wanted = list(calls)
-    for name in track(wanted, "compressing", shown=shown):
-        # The model may have been trained on since the survey: it is its own weights that are fitted.
-        layer = replace(survey.layers[name], weight=own[name].weight, names=own[name].names)
-        target = None
-        if sequential and batches is not None:
+    # The model may have been trained on since the survey: it is its own weights that are fitted.
+    pieces = {
+        name: _Piece(
+            replace(survey.layers[name], weight=own[name].weight, names=own[name].names),
+            plan[name],
+            seed=None if generator is None else int(torch.randint(2**62, (), generator=generator)),
+        )
+        for name in wanted
+    }
+    if sequential and batches is not None:
+        if workers > 1 or ray is not None:
+            remedy = "leave it out: a sequential fit needs the layers before it"
+            raise ValueError(checks.fault("workers or ray", "left out with sequential", workers, remedy))
+        for name in track(wanted, "compressing", shown=shown):
             if log:
                 restart_batch_norm(small, model)
                 correct_batch_norm(small, model, batches, shown=False)
-            target = sequential_target(model, small, layer, batches, calls=calls[name])
-        small, entry = _replace(small, layer, plan[name], target, correct_biases, generator)
-        log.append(entry)
+            target = sequential_target(model, small, pieces[name].layer, batches, calls=calls[name])
+            piece = replace(pieces[name], target=target)
+            small = _put(small, piece, _fit(piece), log, correct_biases)
+    else:
+        made = [pieces[name] for name in wanted]
+        fits = run(_fit, made, workers=workers, ray=ray, memory=worker_memory)
+        for number, fit in track(fits, "compressing", total=len(made), shown=shown):
+            small = _put(small, pieces[wanted[number]], fit, log, correct_biases)
+        log.sort(key=lambda entry: wanted.index(entry["layer"]))
     if batches is not None and log:
         if sequential:  # corrected along the way, for the layers that came after
             restart_batch_norm(small, model)
@@ -101,46 +124,67 @@ def compress(
     return Result(small, log)
 
 
-def _replace(
-    model: nn.Module,
-    layer: LayerSurvey,
-    structure: Structure,
-    target: Target | None,
-    correct_biases: bool,
-    generator: torch.Generator | None,
-) -> tuple[nn.Module, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Piece:
+    """One layer's fit."""
+
+    layer: LayerSurvey
+    structure: Structure
+    seed: int | None = None
+    target: Target | None = None
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What a fit gives, whoever did it."""
+
+    matrix: StructuredMatrix
+    error: float
+    seconds: float
+
+
+def _fit(piece: _Piece) -> _Fit:
     start = time.perf_counter()
+    layer, target = piece.layer, piece.target
     inner, outer = layer.input_gram, layer.output_gram
-    if target is None:
-        matrix = structure.fit(layer.weight, input_gram=inner, output_gram=outer, generator=generator)
-    else:
-        matrix = structure.fit(
-            target.weight, input_gram=target.input_gram, output_gram=outer, generator=generator
-        )
-    dense = matrix.to_dense()
-    error = relative_error(layer.weight, dense, input_gram=inner, output_gram=outer)
-    for gram in (inner, outer):
-        if gram is not None:
-            gram.release()
-    model = replace_layer(model, layer.names, matrix)
+    matrix = piece.structure.fit(
+        layer.weight if target is None else target.weight,
+        input_gram=inner if target is None else target.input_gram,
+        output_gram=outer,
+        generator=None if piece.seed is None else torch.Generator().manual_seed(piece.seed),
+    )
+    error = relative_error(layer.weight, matrix.to_dense(), input_gram=inner, output_gram=outer)
+    layer.release()
+    return _Fit(matrix, error, time.perf_counter() - start)
+
+
+def _put(
+    model: nn.Module, piece: _Piece, fit: _Fit, log: list[dict[str, Any]], correct_biases: bool
+) -> nn.Module:
+    """Puts a fit in its layer's place, and an entry into the log."""
+    layer, target = piece.layer, piece.target
+    model = replace_layer(model, layer.names, fit.matrix)
     shift = None
-    if correct_biases:
-        shift = bias_correction(layer, matrix) if target is None else bias_shift(layer, dense, target)
+    if correct_biases and target is None:
+        shift = bias_correction(layer, fit.matrix)
+    elif correct_biases and target is not None:
+        shift = bias_shift(layer, fit.matrix.to_dense(), target)
     if shift is not None:
         with torch.no_grad():
             for bias in {id(found): found for found in _biases(model, layer.names)}.values():
                 bias += shift.to(bias)
-    cost = layer.per_sample(matrix.cost(layer.geometry))
-    return model, {
+    cost = layer.per_sample(fit.matrix.cost(layer.geometry))
+    log.append({
         "layer": layer.name,
-        "structure": matrix.structure.to_json(),
+        "structure": fit.matrix.structure.to_json(),
         "parameters": cost.parameters,
         "bytes": cost.bytes,
         "multiply_adds": cost.multiply_adds,
-        "error": error,
-        "only_storage_shrinks": matrix.only_storage_shrinks(layer.geometry),
-        "seconds": time.perf_counter() - start,
-    }
+        "error": fit.error,
+        "only_storage_shrinks": fit.matrix.only_storage_shrinks(layer.geometry),
+        "seconds": fit.seconds,
+    })
+    return model
 
 
 def _biases(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:

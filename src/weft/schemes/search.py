@@ -58,6 +58,9 @@ def search(
     sensitivity: Sensitivity | None = None,
     latency: LatencyTable | None = None,
     constraints: Constraints | None = None,
+    workers: int = 1,
+    ray: str | None = None,
+    worker_memory: int | None = None,
     shown: bool | None = None,
 ) -> SearchResult:
     """Finds the smallest network that keeps a share of the dense network's metric.
@@ -82,6 +85,9 @@ def search(
         sensitivity: what the layers' errors cost the network.
         latency: times of this machine, where time is limited or minimised.
         constraints: what stays dense, and families by layer.
+        workers: processes that compute curves and fit, one thread each.
+        ray: "local" or the address of a Ray cluster, in place of the processes.
+        worker_memory: bytes that each of them may take; where None, the machine's shared out evenly.
         shown: whether to draw progress bars; where None, only on a terminal.
 
     Returns:
@@ -120,8 +126,9 @@ def search(
         raise ValueError(checks.fault("metric of the dense network", "above 0", dense_value, remedy))
     wanted = dense_value * (1 - (1 - budget.keep) * (1 - margin))
     chosen = select(families)
+    pool: dict[str, Any] = {"workers": workers, "ray": ray, "worker_memory": worker_memory}
     if curves is None:
-        curves = error_curves(survey, chosen, constraints=constraints, shown=shown)
+        curves = error_curves(survey, chosen, constraints=constraints, shown=shown, **pool)
     others = {name: limit for name, limit in budget.given().items() if name != "keep"}
     log: list[dict[str, Any]] = []
 
@@ -144,7 +151,10 @@ def search(
             if share is None:
                 raise
             return None  # nothing is as small
-        small = compress(model, plan, survey, batches=batches, sequential=sequential, shown=False).model
+        own = {} if sequential else pool  # one layer after the other
+        small = compress(
+            model, plan, survey, batches=batches, sequential=sequential, shown=False, **own
+        ).model
         return plan, small
 
     best: tuple[Plan, nn.Module, float] | None = None
