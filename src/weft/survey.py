@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -593,7 +593,7 @@ def survey(
     model: nn.Module,
     batches: Iterable[Batch] | None = None,
     *,
-    loss: Callable[[Any, Batch], Tensor] | None = None,
+    loss: Callable[[Any, Batch], Tensor] | Literal["squared"] | None = None,
     teacher: nn.Module | None = None,
     shrinkage: float = DEFAULT_SHRINKAGE,
     gram_memory: int = 4 * 2**30,
@@ -611,7 +611,10 @@ def survey(
             dictionary as `model(**x)`. Without batches there are no Grams, and fits are in the Frobenius
             norm.
         loss: takes the model's output and the batch and gives the mean loss over the batch's samples; its
-            gradients make the output Grams (empirical Fisher), by one backward pass per batch.
+            gradients make the output Grams (empirical Fisher), by one backward pass per batch. "squared"
+            needs no labels either: the output Grams are those of the squared distance of a sample's output
+            from what it was (Gauss-Newton, by random directions of the output), for networks whose outputs
+            are no scores of classes, such as embeddings.
         teacher: gives output Grams without labels: labels are drawn from its softmax (Fisher); usually the
             model.
         shrinkage: the ridge of all Grams in units of the mean diagonal.
@@ -632,6 +635,8 @@ def survey(
         >>> sorted(found.layers), found.total.multiply_adds
         (['0', '2'], 40)
     """
+    if isinstance(loss, str):
+        checks.one_of("loss", loss, ("squared",))
     if loss is not None and teacher is not None:
         raise ValueError(checks.fault("loss and teacher", "one of the two", "both", "drop one"))
     if batches is None and (loss is not None or teacher is not None):
@@ -656,7 +661,7 @@ def _with_moments(
     batches: Iterable[Batch],
     layers: dict[str, LayerSurvey],
     left_dense: dict[str, str],
-    loss: Callable[[Any, Batch], Tensor] | None,
+    loss: Callable[[Any, Batch], Tensor] | Literal["squared"] | None,
     teacher: nn.Module | None,
     shrinkage: float,
     gram_memory: int,
@@ -710,13 +715,14 @@ def _with_moments(
                 batch = to_device(batch, device_of(model))
                 output = _call_checked(model, batch)
                 if backward:
-                    value = (
-                        loss(output, batch)
-                        if loss is not None
-                        else _drawn_label_loss(
+                    if loss == "squared":
+                        value = _along_random_direction(output, generator) / size
+                    elif loss is not None:
+                        value = loss(output, batch)
+                    else:
+                        value = _drawn_label_loss(
                             output, _teacher_output(teacher, model, output, batch), generator
                         )
-                    )
                     gradients = torch.autograd.grad(
                         value, [tensor for _, tensor in caught], allow_unused=True
                     )
@@ -780,6 +786,13 @@ def _teacher_output(teacher: nn.Module | None, model: nn.Module, output: Any, ba
         return output
     with evaluating(teacher), torch.no_grad():
         return call(teacher, batch)
+
+
+def _along_random_direction(output: Any, generator: torch.Generator) -> Tensor:
+    """⟨v, y⟩ with E[v vᵀ] = I: the second moment of its gradients Jᵀv is JᵀJ."""
+    scores = logits_of(output)
+    direction = torch.randn(scores.shape, generator=generator, dtype=torch.float32)
+    return (scores.float() * direction.to(scores.device)).sum()
 
 
 def _drawn_label_loss(output: Any, teacher_output: Any, generator: torch.Generator) -> Tensor:

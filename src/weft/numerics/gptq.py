@@ -14,7 +14,7 @@ output metric couples them; what the others' errors leave is then part of a row'
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -24,9 +24,25 @@ from torch import Tensor
 from weft.numerics.gram import BlockDiagonalGram, DiagonalGram, Gram, inverse_root, squared_error
 from weft.numerics.kmeans import nearest_level
 
-__all__ = ["Codebook", "Levels", "Uniform", "descend", "quantise", "round_with_feedback", "uniform_levels"]
+__all__ = [
+    "Codebook",
+    "Levels",
+    "Uniform",
+    "descend",
+    "quantise",
+    "quantise_several",
+    "row_errors",
+    "row_weights",
+    "round_with_feedback",
+    "uniform_levels",
+]
 
 _BLOCK = 64
+# Where an output metric couples rows: blocks of so many, or of such a share of all, do not take up each other's
+# errors; and the rounds of descent within a block, whose levels are found already.
+_LEAST_OUTPUT_BLOCK, _OUTPUT_BLOCKS, _OUTPUT_SWEEPS = 16, 32, 2
+# Numbers of the matrices that are worked on at a time, all starts together.
+_NUMBERS = 2**23
 # Codebooks of more levels are solved for in the metric's diagonal only: a product per level is too much.
 _MOST_SOLVED = 32
 
@@ -84,14 +100,14 @@ class Uniform(Levels):
     Attributes:
         scales: shape (rows, groups); of either sign.
         zeros: shape (rows, groups).
-        count: how many codes, from 0.
+        count: how many codes, from 0; one number, or one for every row, shape (rows, 1).
         free: whether `solve` may move the zeros.
         columns: the matrix's, which the groups divide equally.
     """
 
     scales: Tensor
     zeros: Tensor
-    count: int
+    count: int | Tensor
     free: bool
     columns: int
 
@@ -101,7 +117,8 @@ class Uniform(Levels):
 
     def snap(self, values: Tensor, column: int) -> Tensor:
         group = self._group_of(column)
-        return _snap(values, self.scales[:, group], self.zeros[:, group], self.count)
+        count = self.count if isinstance(self.count, int) else self.count[:, 0]
+        return _snap(values, self.scales[:, group], self.zeros[:, group], count)
 
     def _group_of(self, column: int) -> int:
         return column * self.scales.shape[1] // self.columns
@@ -112,7 +129,7 @@ class Uniform(Levels):
 
     def encode(self, values: Tensor) -> Tensor:
         scales = self.spread(_safe(self.scales))
-        return (values / scales + self.spread(self.zeros)).round_().clamp_(0, self.count - 1).long()
+        return _clipped((values / scales + self.spread(self.zeros)).round_(), self.count).long()
 
     def decode(self, codes: Tensor) -> Tensor:
         grouped = codes.to(self.scales).unflatten(1, (self.scales.shape[1], -1))
@@ -125,34 +142,49 @@ class Uniform(Levels):
         basis = [levels - offset[..., None]]
         if self.free:
             basis.append(torch.ones_like(levels))
-        solution = _least_squares([part.flatten(1) for part in basis], groups, matrix, metric)
-        scales, shift = solution[:, :groups], solution[:, groups:]
+        system, right = _normal_equations([part.flatten(1) for part in basis], groups, matrix, metric)
+        solution = _solve(system, right)
+        # w ≈ scale · (level − offset) + shift
+        scales, shift = _by_basis(solution, groups)
         zeros = self.zeros
         if self.free:
             usable = scales.abs() > torch.finfo(scales.dtype).tiny
             zeros = torch.where(usable, offset - shift / _safe(scales), self.zeros)
             scales = torch.where(usable, scales, self.scales)
-        trial = replace(self, scales=scales, zeros=zeros)
-        better = row_errors(matrix - trial.decode(codes), metric) < row_errors(
-            matrix - self.decode(codes), metric
-        )
-        pick = better[:, None]
+        now = _by_basis_inverse(self.scales, self.scales * (offset - self.zeros), right)
+        pick = (_value(system, right, solution) < _value(system, right, now))[:, None]
         return replace(
             self, scales=torch.where(pick, scales, self.scales), zeros=torch.where(pick, zeros, self.zeros)
         )
 
     def rows(self, chosen: Tensor) -> "Uniform":
-        return replace(self, scales=self.scales[chosen], zeros=self.zeros[chosen])
+        count = self.count if isinstance(self.count, int) else self.count[chosen]
+        return replace(self, scales=self.scales[chosen], zeros=self.zeros[chosen], count=count)
 
     def concatenate(self, others: "Sequence[Uniform]") -> "Uniform":
-        scales, zeros = (
-            torch.cat([getattr(one, name) for one in (self, *others)]) for name in ("scales", "zeros")
-        )
-        return replace(self, scales=scales, zeros=zeros)
+        parts = (self, *others)
+        scales, zeros = (torch.cat([getattr(one, name) for one in parts]) for name in ("scales", "zeros"))
+        count = self.count
+        if any(isinstance(one.count, Tensor) or one.count != count for one in parts):
+            count = torch.cat([_count_of_rows(one) for one in parts])
+        return replace(self, scales=scales, zeros=zeros, count=count)
 
 
-def _snap(values: Tensor, scales: Tensor, zeros: Tensor, count: int) -> Tensor:
-    return scales * ((values / _safe(scales) + zeros).round_().clamp_(0, count - 1) - zeros)
+def _count_of_rows(levels: Uniform) -> Tensor:
+    if isinstance(levels.count, Tensor):
+        return levels.count
+    return torch.full((len(levels.scales), 1), levels.count, device=levels.scales.device)
+
+
+def _clipped(places: Tensor, count: int | Tensor) -> Tensor:
+    """Clips rounded places to the codes, in place."""
+    if isinstance(count, int):
+        return places.clamp_(0, count - 1)
+    return torch.minimum(places.clamp_(min=0), (count - 1).to(places), out=places)
+
+
+def _snap(values: Tensor, scales: Tensor, zeros: Tensor, count: int | Tensor) -> Tensor:
+    return scales * (_clipped((values / _safe(scales) + zeros).round_(), count) - zeros)
 
 
 def _safe(scales: Tensor) -> Tensor:
@@ -242,28 +274,49 @@ def row_errors(error: Tensor, metric: Tensor | None) -> Tensor:
     return (weighed * error).sum(1)
 
 
-def _least_squares(basis: Sequence[Tensor], groups: int, matrix: Tensor, metric: Tensor | None) -> Tensor:
-    """Coefficients of every row, one per basis and group: (rows, len(basis) · groups)."""
+def _normal_equations(
+    basis: Sequence[Tensor], groups: int, matrix: Tensor, metric: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the best coefficients of every row solve, one coefficient per part of the basis and group.
+
+    Returns:
+        (rows, systems, n, n) and (rows, systems, n): one system of all coefficients where the metric couples
+        the groups, else one per group.
+    """
     rows, columns = matrix.shape
 
     def by_group(values: Tensor) -> Tensor:
-        return torch.cat([(part * values).unflatten(1, (groups, -1)).sum(2) for part in basis], 1)
+        return torch.stack([(part * values).unflatten(1, (groups, -1)).sum(2) for part in basis], 2)
 
     if metric is not None and metric.ndim == 2:
-        width, images = columns // groups, []
-        for part in basis:
-            for group in range(groups):
-                own = slice(group * width, (group + 1) * width)
-                images.append(by_group(part[:, own] @ metric[own]))
-        return _solve(torch.stack(images, 2), by_group(matrix @ metric))
+        width, images, right = columns // groups, [], []
+        for group in range(groups):
+            own = slice(group * width, (group + 1) * width)
+            for part in basis:
+                image = part[:, own] @ metric[own]
+                images.append(by_group(image).flatten(1))
+                right.append((image * matrix).sum(1))
+        return torch.stack(images, 2)[:, None], torch.stack(right, 1)[:, None]
     scaled = matrix.new_ones(columns) if metric is None else metric
-    images = []
-    for part in basis:  # groups are apart: one small system each
-        columnwise = by_group(part * scaled).unflatten(1, (len(basis), groups))
-        images.append(columnwise)
-    system = torch.stack(images, 2).permute(0, 3, 1, 2)  # (rows, groups, basis, basis)
-    right = by_group(matrix * scaled).unflatten(1, (len(basis), groups)).transpose(1, 2)
-    return _solve(system, right).transpose(1, 2).flatten(1)
+    system = torch.stack([by_group(part * scaled) for part in basis], 3)
+    return system, by_group(matrix * scaled)
+
+
+def _by_basis(solution: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Coefficients as (rows, groups) of the first and of the second part of the basis, zeros without one."""
+    both = solution.flatten(1).unflatten(1, (groups, -1))
+    return both[..., 0], both[..., 1] if both.shape[2] > 1 else torch.zeros_like(both[..., 0])
+
+
+def _by_basis_inverse(first: Tensor, second: Tensor, like: Tensor) -> Tensor:
+    """The coefficients in the order of the normal equations."""
+    parts = [first, second][: like[0].numel() // first.shape[1]]
+    return torch.stack(parts, 2).reshape(like.shape)
+
+
+def _value(system: Tensor, right: Tensor, solution: Tensor) -> Tensor:
+    """The squared error of every row but for the constant ‖w‖²."""
+    return (((system @ solution[..., None])[..., 0] - 2 * right) * solution).sum((1, 2))
 
 
 def _solve(system: Tensor, right: Tensor) -> Tensor:
@@ -321,7 +374,9 @@ def round_with_feedback(matrix: Tensor, levels: Levels, root: Tensor, order: Ten
     return result[:, back]
 
 
-def descend(matrix: Tensor, dense: Tensor, levels: Levels, metric: Tensor) -> Tensor:
+def descend(
+    matrix: Tensor, dense: Tensor, levels: Levels, metric: Tensor, weighed: Tensor | None = None
+) -> Tensor:
     """One sweep of coordinate descent over all entries.
 
     Args:
@@ -329,12 +384,15 @@ def descend(matrix: Tensor, dense: Tensor, levels: Levels, metric: Tensor) -> Te
         dense: Ŵ, all entries at levels.
         levels: what entries may become.
         metric: Ĝ, shape (columns, columns).
+        weighed: (W − Ŵ) Ĝ where it is known already.
 
     Returns:
         Ŵ with no larger error in any row.
     """
     current = dense.T.clone(memory_format=torch.contiguous_format)
-    weighed = metric @ (matrix - dense).T
+    if weighed is None:
+        weighed = (matrix - dense) @ metric
+    weighed = weighed.T.clone(memory_format=torch.contiguous_format)
     curvature = metric.diagonal().clamp_min(torch.finfo(metric.dtype).tiny).tolist()
     for start in range(0, len(current), _BLOCK):
         stop = min(start + _BLOCK, len(current))
@@ -377,52 +435,220 @@ def quantise(
     Returns:
         The codes, int64, shape (rows, columns), and their levels.
     """
-    if isinstance(input_gram, BlockDiagonalGram):
-        return _by_block(matrix, starts, input_gram, output_gram, feedback, by_importance, solves, sweeps)
-    diagonal = None if input_gram is None else input_gram.diagonal().to(matrix)
-    fits = [_separable(matrix, levels, diagonal, solves, sweeps) for levels in starts]
-    if input_gram is None or isinstance(input_gram, DiagonalGram) or not feedback:
-        best = _best(matrix, fits, diagonal)
-    else:
-        dense = input_gram.dense()
-        order = torch.argsort(dense.diagonal(), descending=True) if by_importance else None
-        root = inverse_root(dense if order is None else dense[order][:, order]).to(matrix)
-        metric = dense.to(matrix)
-        rounded = [round_with_feedback(matrix, levels, root, order) for levels in starts]
-        pairs = [(levels.encode(part), levels) for part, levels in zip(rounded, starts, strict=True)]
-        best = _best(matrix, [*fits, *pairs], metric)
-        best = _improve(matrix, *best, metric, solves, sweeps, tolerance)
-    if output_gram is not None and feedback:
-        best = _with_output_metric(matrix, *best, input_gram, output_gram)
-    return best
+    return quantise_several(
+        matrix,
+        [starts],
+        input_gram=input_gram,
+        output_gram=output_gram,
+        feedback=feedback,
+        by_importance=by_importance,
+        solves=solves,
+        sweeps=sweeps,
+        tolerance=tolerance,
+    )[0]
 
 
 Fit = tuple[Tensor, Levels]
 
 
-def _separable(matrix: Tensor, levels: Levels, diagonal: Tensor | None, solves: bool, sweeps: int) -> Fit:
-    """Every entry to its nearest level, levels solved for, in turn."""
-    codes = levels.encode(matrix)
-    for _ in range(sweeps if solves else 0):
-        levels = levels.solve(matrix, codes, diagonal)
-        before, codes = codes, levels.encode(matrix)
-        if torch.equal(before, codes):
-            break
-    return codes, levels
+def quantise_several(
+    matrix: Tensor,
+    starts: Sequence[Sequence[Levels]],
+    *,
+    input_gram: Gram | None = None,
+    output_gram: Gram | None = None,
+    feedback: bool = True,
+    by_importance: bool = False,
+    solves: bool = True,
+    sweeps: int = 8,
+    tolerance: float = 2e-3,
+) -> list[Fit]:
+    """Several quantisations of one matrix, such as in several numbers of bits, in one pass over its columns.
+
+    A pass goes from column to column, and a column of few rows takes as long as one of many.
+
+    Args:
+        matrix: W, shape (rows, columns), float32 or float64.
+        starts: for every quantisation levels to start from; all of one kind, with as many groups.
+        input_gram: Ĝ; the identity where None.
+        output_gram: H; the identity where None.
+        feedback: whether entries are chosen together; else each is rounded to its nearest level.
+        by_importance: whether error feedback starts with the columns of largest Ĝ_jj.
+        solves: whether levels are solved for; else they stay as given.
+        sweeps: the most rounds of coordinate descent and solving.
+        tolerance: a row is done once a round lowers its squared error by a smaller share.
+
+    Returns:
+        Codes and levels of every quantisation, as `quantise` gives them.
+    """
+    if isinstance(input_gram, BlockDiagonalGram):
+        return [
+            _by_block(matrix, own, input_gram, output_gram, feedback, by_importance, solves, sweeps)
+            for own in starts
+        ]
+    diagonal = None if input_gram is None else input_gram.diagonal().to(matrix)
+    metric = root = order = None
+    if feedback and input_gram is not None and not isinstance(input_gram, DiagonalGram):
+        dense = input_gram.dense()
+        order = torch.argsort(dense.diagonal(), descending=True) if by_importance else None
+        root = inverse_root(dense if order is None else dense[order][:, order]).to(matrix)
+        metric = dense.to(matrix)
+    problem = _Problem(diagonal, metric, root, order, solves, sweeps, tolerance)
+    if starts[0][0].shared:
+        found = [problem.shared(matrix, own) for own in starts]
+    else:
+        found = problem.apart(matrix, starts)
+    # A diagonal output metric weighs the rows, which are apart.
+    if output_gram is not None and feedback and not isinstance(output_gram, DiagonalGram):
+        found = [_with_output_metric(problem, matrix, *fit, input_gram, output_gram) for fit in found]
+    return found
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """In which metric levels and codes are chosen, and how long.
+
+    Attributes:
+        diagonal: of Ĝ; None for the identity.
+        metric: Ĝ where columns are chosen together; None where each entry is rounded by itself.
+        root: U with Ĝ⁻¹ = UᵀU, for the columns in their order.
+        order: of the columns in error feedback.
+        solves: whether levels are solved for.
+        sweeps: the most rounds.
+        tolerance: the gain below which rounds end.
+    """
+
+    diagonal: Tensor | None
+    metric: Tensor | None
+    root: Tensor | None
+    order: Tensor | None
+    solves: bool
+    sweeps: int
+    tolerance: float
+
+    def shared(self, matrix: Tensor, starts: Sequence[Levels]) -> Fit:
+        """Codes and levels that all rows have in common."""
+        fits = [self._separable(matrix, levels) for levels in starts]
+        if self.metric is None or self.root is None:
+            return _best(matrix, fits, self.diagonal)
+        for levels in starts:
+            rounded = round_with_feedback(matrix, levels, self.root, self.order)
+            fits.append((levels.encode(rounded), levels))
+        return self._improve(matrix, *_best(matrix, fits, self.metric))
+
+    def apart(self, matrix: Tensor, starts: Sequence[Sequence[Levels]]) -> list[Fit]:
+        """Codes and levels row by row; all starts of all quantisations stand below each other."""
+        copies = [levels for own in starts for levels in own]
+        size = max(1, _NUMBERS // (len(copies) * matrix.shape[1]))
+        found: list[list[Fit]] = [[] for _ in starts]
+        for first in range(0, len(matrix), size):
+            chosen = torch.arange(first, min(first + size, len(matrix)))
+            part = [[levels.rows(chosen) for levels in own] for own in starts]
+            for own, fit in zip(found, self._apart(matrix[chosen], part), strict=True):
+                own.append(fit)
+        return [
+            own[0]
+            if len(own) == 1
+            else (
+                torch.cat([codes for codes, _ in own]),
+                own[0][1].concatenate([levels for _, levels in own[1:]]),
+            )
+            for own in found
+        ]
+
+    def _apart(self, matrix: Tensor, starts: Sequence[Sequence[Levels]]) -> list[Fit]:
+        rows = len(matrix)
+        copies = [levels for own in starts for levels in own]
+        stacked, tall = copies[0].concatenate(copies[1:]), matrix.repeat(len(copies), 1)
+        codes, levels = self._separable(tall, stacked)
+        weight = self.diagonal if self.metric is None else self.metric
+        errors = row_errors(tall - levels.decode(codes), weight)
+        if self.root is not None:
+            trial = stacked.encode(round_with_feedback(tall, stacked, self.root, self.order))
+            now = row_errors(tall - stacked.decode(trial), weight)
+            better = now < errors
+            codes[better], errors = trial[better], torch.minimum(now, errors)
+            levels = _exchanged(levels, better, stacked)
+        winners, first = [], 0
+        for own in starts:  # of every quantisation and row the best start
+            best = errors[first * rows : (first + len(own)) * rows].reshape(len(own), rows).argmin(0)
+            winners.append((first + best) * rows + torch.arange(rows))
+            first += len(own)
+        picked = torch.cat(winners)
+        codes, levels = codes[picked], levels.rows(picked)
+        if self.metric is not None:
+            codes, levels = self._improve_rows(matrix.repeat(len(starts), 1), codes, levels, self.metric)
+        pieces = torch.arange(len(codes)).split(rows)
+        return [(codes[piece], levels.rows(piece)) for piece in pieces]
+
+    def _separable(self, matrix: Tensor, levels: Levels) -> Fit:
+        """Every entry to its nearest level, levels solved for, in turn."""
+        codes = levels.encode(matrix)
+        for _ in range(self.sweeps if self.solves else 0):
+            levels = levels.solve(matrix, codes, self.diagonal)
+            before, codes = codes, levels.encode(matrix)
+            if torch.equal(before, codes):
+                break
+        return codes, levels
+
+    def _improve_rows(self, matrix: Tensor, codes: Tensor, levels: Levels, metric: Tensor) -> Fit:
+        """Coordinate descent and solving in turn, for every row as long as it gains."""
+        if self.solves:
+            levels = levels.solve(matrix, codes, metric)
+        left = torch.arange(len(matrix))
+        own, dense = levels, levels.decode(codes)
+        weighed = (matrix - dense) @ metric
+        errors = (weighed * (matrix - dense)).sum(1)
+        for _ in range(self.sweeps):
+            trial = own.encode(descend(matrix, dense, own, metric, weighed))
+            moved = own.solve(matrix, trial, metric) if self.solves else own
+            dense = moved.decode(trial)
+            weighed = (matrix - dense) @ metric
+            now = (weighed * (matrix - dense)).sum(1)
+            better = now < errors
+            codes[left[better]] = trial[better]
+            chosen = torch.arange(len(codes))
+            chosen[left[better]] = len(codes) + better.nonzero()[:, 0]
+            levels = levels.concatenate([moved]).rows(chosen)
+            going = better & (errors - now > self.tolerance * now)
+            if not bool(going.any()):
+                break
+            left, matrix, own = left[going], matrix[going], moved.rows(going.nonzero()[:, 0])
+            dense, weighed, errors = dense[going], weighed[going], now[going]
+        return codes, levels
+
+    def _improve(self, matrix: Tensor, codes: Tensor, levels: Levels) -> Fit:
+        """Coordinate descent and solving in turn, for levels in common."""
+        metric = self.metric
+        assert metric is not None  # noqa: S101  (who calls this has one)
+        if self.solves:
+            levels = levels.solve(matrix, codes, metric)
+        dense = levels.decode(codes)
+        before = float(row_errors(matrix - dense, metric).sum())
+        for _ in range(self.sweeps):
+            trial = levels.encode(descend(matrix, dense, levels, metric))
+            moved = levels.solve(matrix, trial, metric) if self.solves else levels
+            now_dense = moved.decode(trial)
+            now = float(row_errors(matrix - now_dense, metric).sum())
+            if not now < before:
+                break
+            codes, levels, dense = trial, moved, now_dense
+            gain, before = before - now, now
+            if gain <= self.tolerance * now:
+                break
+        return codes, levels
+
+
+def _exchanged(levels: Levels, exchanged: Tensor, others: Levels) -> Levels:
+    """Levels of which some rows are another's."""
+    index = torch.arange(len(exchanged))
+    return levels.concatenate([others]).rows(torch.where(exchanged, index + len(index), index))
 
 
 def _best(matrix: Tensor, fits: Sequence[Fit], metric: Tensor | None) -> Fit:
-    """Of every row the best fit; of shared levels the best one."""
-    errors = torch.stack([row_errors(matrix - levels.decode(codes), metric) for codes, levels in fits])
-    if fits[0][1].shared:
-        return fits[int(errors.sum(1).argmin())]
-    winner = errors.argmin(0)
-    codes, levels = torch.empty_like(fits[0][0]), []
-    for index, (own, _) in enumerate(fits):
-        codes[winner == index] = own[winner == index]
-    for index, (_, own) in enumerate(fits):
-        levels.append(own.rows(winner == index))
-    return codes, _joined(levels, winner)
+    """Of fits with levels in common the best one."""
+    errors = [float(row_errors(matrix - levels.decode(codes), metric).sum()) for codes, levels in fits]
+    return fits[errors.index(min(errors))]
 
 
 def _joined(levels: Sequence[Levels], winner: Tensor) -> Levels:
@@ -431,36 +657,85 @@ def _joined(levels: Sequence[Levels], winner: Tensor) -> Levels:
     return levels[0].concatenate(levels[1:]).rows(place)
 
 
-def _improve(
+def _with_output_metric(
+    problem: _Problem,
     matrix: Tensor,
     codes: Tensor,
     levels: Levels,
-    metric: Tensor,
-    solves: bool,
-    sweeps: int,
-    tolerance: float,
+    input_gram: Gram | None,
+    output_gram: Gram,
 ) -> Fit:
-    """Coordinate descent and solving in turn."""
-    if solves:
-        levels = levels.solve(matrix, codes, metric)
-    dense = levels.decode(codes)
-    before = float(row_errors(matrix - dense, metric).sum())
-    for _ in range(sweeps):
-        trial = levels.encode(descend(matrix, dense, levels, metric))
-        moved = levels.solve(matrix, trial, metric) if solves else levels
-        now_dense = moved.decode(trial)
-        now = float(row_errors(matrix - now_dense, metric).sum())
-        if not now < before:
-            break
-        codes, levels, dense = trial, moved, now_dense
-        gain, before = before - now, now
-        if gain <= tolerance * now:
-            break
-    return codes, levels
+    """Error feedback from row to row, then coordinate descent, in both metrics.
+
+    With H = R Rᵀ, R upper triangular, the error is the sum over rows i of ‖(RᵀE)_i‖² in Ĝ, and (RᵀE)_i is
+    R_ii e_i + Σ_{k<i} R_ki e_k: every row's target takes up what the ones before it have lost. Rows go in
+    blocks, within which they are apart.
+
+    Returns:
+        Codes and levels of no larger error.
+    """
+    best, error = (codes, levels), matrix - levels.decode(codes)
+    before = float(squared_error(error, input_gram, output_gram))
+    for fit in _feedback_over_rows(problem, matrix, levels, output_gram):
+        now = float(squared_error(matrix - fit[1].decode(fit[0]), input_gram, output_gram))
+        if now < before:
+            best, before = fit, now
+    return _descend_over_rows(matrix, *best, input_gram, output_gram)
 
 
-def _with_output_metric(
-    matrix: Tensor, codes: Tensor, levels: Levels, input_gram: Gram | None, output_gram: Gram, rounds: int = 3
+def _feedback_over_rows(
+    problem: _Problem, matrix: Tensor, levels: Levels, output_gram: Gram
+) -> Iterator[Fit]:
+    if levels.shared or problem.metric is None:
+        return
+    root = row_root(output_gram).to(matrix)
+    lost = torch.zeros_like(matrix)
+    fits: list[Fit] = []
+    problem = replace(problem, sweeps=min(problem.sweeps, _OUTPUT_SWEEPS))
+    for own in _row_blocks(len(matrix)):
+        own = own.to(matrix.device)
+        first, last = int(own[0]), int(own[-1]) + 1
+        pull = root[:first, first:last].T @ lost[:first]
+        target = matrix[own] + torch.linalg.solve_triangular(
+            root[first:last, first:last].T, pull, upper=False
+        )
+        codes, found = problem.apart(target, [[levels.rows(own)]])[0]
+        lost[own] = matrix[own] - found.decode(codes)
+        fits.append((codes, found))
+    yield torch.cat([codes for codes, _ in fits]), fits[0][1].concatenate([found for _, found in fits[1:]])
+
+
+def row_root(output_gram: Gram) -> Tensor:
+    """R upper triangular with R Rᵀ = H, float64."""
+    inverse = inverse_root(output_gram.dense())
+    identity = torch.eye(len(inverse), dtype=inverse.dtype, device=inverse.device)
+    return torch.linalg.solve_triangular(inverse, identity, upper=True)
+
+
+def _row_blocks(rows: int) -> Sequence[Tensor]:
+    return torch.arange(rows).split(max(_LEAST_OUTPUT_BLOCK, -(-rows // _OUTPUT_BLOCKS)))
+
+
+def row_weights(output_gram: Gram | None, rows: int) -> Tensor:
+    """By what a row's error counts once the rows after it have taken up what they can of it.
+
+    Args:
+        output_gram: H; the identity where None.
+        rows: how many rows there are.
+
+    Returns:
+        Ω_i such that Σ Ω_i ‖e_i‖² is about the error after error feedback over rows; H_ii where rows are apart.
+    """
+    if output_gram is None:
+        return torch.ones(rows, dtype=torch.float64)
+    if isinstance(output_gram, DiagonalGram):
+        return output_gram.diagonal()
+    root = row_root(output_gram)
+    return torch.cat([root[own[0] : own[-1] + 1][:, own].square().sum(1) for own in _row_blocks(rows)])
+
+
+def _descend_over_rows(
+    matrix: Tensor, codes: Tensor, levels: Levels, input_gram: Gram | None, output_gram: Gram, rounds: int = 1
 ) -> Fit:
     """Coordinate descent in both metrics.
 

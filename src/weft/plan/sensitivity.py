@@ -83,10 +83,13 @@ def predicted_sensitivity(survey: Survey) -> Sensitivity:
         survey: the network's survey.
 
     Returns:
-        With output Grams of all layers the predicted increase of the loss (Gauss-Newton), else the squared
-        relative errors themselves.
+        With a survey that saw gradients (`loss` or `teacher`) the predicted increase of the loss
+        (Gauss-Newton), else the squared relative errors themselves.
     """
-    if any(layer.output_gram is None or layer.lookup for layer in survey.layers.values()):
+    # A lookup's output Gram is how often its rows are asked for: what the gradients said is its input Gram.
+    if any(
+        (layer.input_gram if layer.lookup else layer.output_gram) is None for layer in survey.layers.values()
+    ):
         return Sensitivity({name: ((1.0, 1.0),) for name in survey.layers})
     return Sensitivity({
         name: ((1.0, _energy(layer) * layer.applications),) for name, layer in survey.layers.items()

@@ -11,7 +11,7 @@ any other family every floating tensor is packed, and the family's own member ru
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
@@ -33,10 +33,22 @@ from weft.kernels.quantized import (
 )
 from weft.numerics.factor_target import factor_target, product_of
 from weft.numerics.gauss_newton import refine
-from weft.numerics.gptq import Codebook, Levels, Uniform, quantise, uniform_levels
+from weft.numerics.gptq import (
+    Codebook,
+    Levels,
+    Uniform,
+    quantise,
+    quantise_several,
+    row_weights,
+    uniform_levels,
+)
 from weft.numerics.gram import squared_error
 from weft.numerics.kmeans import binary_scale, codebooks, nearest_level, ternary_scale
+from weft.numerics.row_sample import sample_rows
 from weft.structures.base import (
+    BlockDiagonalGram,
+    Candidate,
+    Cost,
     Geometry,
     Gram,
     Rectangle,
@@ -45,6 +57,7 @@ from weft.structures.base import (
     StructuredMatrix,
     matrix_multiply_adds,
     matrix_shape,
+    relative_error,
 )
 from weft.structures.dense import Dense
 
@@ -53,6 +66,10 @@ ZEROS = ("level", "between", "free")
 ROUNDINGS = ("feedback", "nearest")
 _FIXED_BITS = {"binary": 1, "sign": 1, "ternary": 2}
 _CODES_PER_BYTE = 5  # of three levels: 3⁵ = 243 fit into one
+# Neighbouring inputs that share a scale: fewer, and the scales are too large a part of the bytes.
+_GROUPS = (128, 64, 32)
+# Rows that an error curve of a taller matrix is estimated from: more change it by less than one per cent.
+_MOST_ROWS = 512
 # Sweeps over the factors of a product.
 _SWEEPS = 2
 # From so many bits on the search for a better start gains nothing that can be seen.
@@ -170,15 +187,19 @@ class Quantized(Structure):
 
     @classmethod
     def candidates(cls, shape: Shape, inner: Iterable[Structure] = ()) -> Iterator[Self]:
-        outputs, inputs = matrix_shape(shape)
+        _, inputs = matrix_shape(shape)
         found = [
             cls(1, codebook="binary"),
             cls(2, codebook="ternary"),
-            cls(2, zero="between"),
-            *(cls(bits) for bits in (3, 4, 5, 6, 8)),
+            *(
+                cls(bits, group=group, zero="between" if bits == 2 else "level")
+                for group in (None, *(width for width in _GROUPS if width < inputs and inputs % width == 0))
+                for bits in range(2, 9)
+                if group is None or bits < 8
+            ),
         ]
-        if 16 <= inputs:
-            found.append(cls(2, codebook="kmeans_rows"))
+        # A row's own codebook pays where it is short beside the row's codes.
+        found += [cls(bits, codebook="kmeans_rows") for bits in (2, 3, 4) if 4 << bits <= inputs]
         found += [
             cls(bits, of)
             for of in inner
@@ -242,6 +263,65 @@ class Quantized(Structure):
             expected = f"a divisor of {inputs}, the inputs of a {tuple(shape)} weight"
             raise ValueError(checks.fault("group", expected, self.group, f"use e.g. {near}"))
 
+    @classmethod
+    def error_curve(
+        cls,
+        weight: Tensor,
+        *,
+        input_gram: Gram | None = None,
+        output_gram: Gram | None = None,
+        geometry: Geometry | None = None,
+        inner: Iterable[Structure] = (),
+    ) -> list[Candidate]:
+        """All numbers of bits in a few passes over the columns, a tall matrix's errors from part of its rows.
+
+        Where an output Gram couples rows, what error feedback over them gains is predicted.
+        """
+        checks.weight(weight)
+        shape = tuple(weight.shape)
+        found = list(cls.candidates(shape, inner))
+        plain = [structure for structure in found if structure.of == Dense()]
+        errors = dict(zip(plain, cls._errors(plain, weight, input_gram, output_gram), strict=True))
+        curve = []
+        for structure in found:
+            if structure in errors:
+                cost = structure._cost(shape, weight.element_size(), geometry)
+                curve.append(Candidate(structure, cost, errors[structure]))
+                continue
+            member = structure.fit(weight, input_gram=input_gram, output_gram=output_gram)
+            error = relative_error(weight, member.to_dense(), input_gram=input_gram, output_gram=output_gram)
+            curve.append(Candidate(structure, member.cost(geometry), error))
+        return curve
+
+    def _cost(self, shape: Shape, element_size: int, geometry: Geometry | None) -> Cost:
+        """What a quantised dense weight costs."""
+        outputs, inputs = matrix_shape(shape)
+        count = cast(int, self.parameter_count(shape))
+        size = outputs * self._row_bytes(inputs) + (count - outputs * inputs) * element_size
+        return Cost(count, size, cast(int, self.multiply_adds(shape, geometry)))
+
+    @staticmethod
+    def _errors(
+        structures: "Sequence[Quantized]",
+        weight: Tensor,
+        input_gram: Gram | None,
+        output_gram: Gram | None,
+    ) -> list[float]:
+        """The relative errors of quantised dense weights."""
+        matrix = weight.detach().to(_precision(weight)).flatten(1)
+        whole = float(squared_error(matrix.double(), input_gram, output_gram))
+        if whole <= 0:
+            return [0.0] * len(structures)
+        weights = row_weights(output_gram, len(matrix))
+        rows, factors = torch.arange(len(matrix)), torch.ones(len(matrix), dtype=torch.float64)
+        if not isinstance(input_gram, BlockDiagonalGram):
+            rows, factors = sample_rows(weights * _row_sizes(matrix, input_gram), _MOST_ROWS)
+        weights = weights[rows] * factors
+        part = matrix[rows]
+        return [
+            math.sqrt(float(weights @ errors) / whole) for errors in _row_errors(structures, part, input_gram)
+        ]
+
     # -- members
 
     def _fit(
@@ -287,7 +367,6 @@ class Quantized(Structure):
             feedback=self.rounding == "feedback",
             by_importance=self.activation_order,
             solves=self.codebook != "sign",
-            sweeps=8 if self.bits < _MANY_BITS else 3,
         )
         return self._member(weight.shape, codes, levels)
 
@@ -512,6 +591,45 @@ class Quantized(Structure):
             packed[name] = cast(QuantizedMatrix, member)
             inside[name] = member.to_dense().detach().reshape(sizes)
         return QuantizedTensors(self, shape, self.of.from_tensors(shape, inside), packed)
+
+
+def _precision(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _row_sizes(matrix: Tensor, input_gram: Gram | None) -> Tensor:
+    """The squared norm of every row in the metric of the inputs, float64."""
+    weighed = matrix if input_gram is None else input_gram.matmul(matrix)
+    return (weighed * matrix).sum(1).double().clamp_min_(0)
+
+
+def _row_errors(
+    structures: Sequence[Quantized], matrix: Tensor, input_gram: Gram | None
+) -> Iterator[Tensor]:
+    """The squared error of every row, of one quantised dense weight after the other, float64.
+
+    Those with as many scales per row are quantised together.
+    """
+    diagonal = None if input_gram is None else input_gram.diagonal().to(matrix)
+    batches: dict[tuple[object, ...], list[Quantized]] = {}
+    for structure in structures:
+        table = (structure.codebook, structure.bits) if structure._has_table else ()
+        options = structure.rounding, structure.activation_order, structure.codebook == "sign"
+        key = (*table, *options, structure.groups(tuple(matrix.shape)), structure.fixed_zero is None)
+        batches.setdefault(key, []).append(structure)
+    found: dict[Quantized, Tensor] = {}
+    for batch in batches.values():
+        fits = quantise_several(
+            matrix,
+            [structure._first_levels(matrix, diagonal) for structure in batch],
+            input_gram=input_gram,
+            feedback=batch[0].rounding == "feedback",
+            by_importance=batch[0].activation_order,
+            solves=batch[0].codebook != "sign",
+        )
+        for structure, (codes, levels) in zip(batch, fits, strict=True):
+            found[structure] = _row_sizes(matrix - levels.decode(codes), input_gram)
+    yield from (found[structure] for structure in structures)
 
 
 _PACKED, _SIZES = "_packed", "_sizes"
@@ -764,7 +882,7 @@ class RelaxedMatrix(StructuredMatrix):
         else:
             levels = _uniform(self.kind, self.inputs, numbers)
             scales, zeros = levels.spread(levels.scales), levels.spread(levels.zeros)
-            place = (latent / torch.where(scales == 0, 1.0, scales) + zeros).clamp(0, levels.count - 1)
+            place = (latent / torch.where(scales == 0, 1.0, scales) + zeros).clamp(0, self.kind.level_count - 1)
             dense = scales * (place + (place.round() - place).detach() - zeros)
         return dense.to(self.latent.dtype).reshape(self.shape)
 
