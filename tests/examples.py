@@ -12,6 +12,7 @@ import pytest
 from weft.structures.base import Geometry, Shape, Structure, matrix_shape
 from weft.structures.canonical_polyadic import CanonicalPolyadic
 from weft.structures.dense import Dense
+from weft.structures.divided_rows import DividedRows
 from weft.structures.hierarchical import Hierarchical
 from weft.structures.low_rank import LowRank
 from weft.structures.product_quantized import ProductQuantized
@@ -101,6 +102,16 @@ def _rows(shape: Shape) -> int:
     return first * second
 
 
+def _part_rank(shape: Shape) -> int:
+    """A rank that half of the rows can have."""
+    return max(1, min(shape[0] // 2, matrix_shape(shape)[1], 2))
+
+
+def _in_two(shape: Shape, important: Structure, rest: Structure) -> DividedRows:
+    """A quarter of the rows apart from the rest, where there are two."""
+    return DividedRows((important, rest), (0.25,)) if shape[0] > 1 else DividedRows((rest,))
+
+
 EXAMPLES = [
     Example("dense", lambda shape: Dense(), exact=True),
     Example(
@@ -181,6 +192,8 @@ EXAMPLES = [
         "quantized_sparse_product",
         lambda shape: Quantized(4, of=SparseProduct(2, _quarter(shape), "splitting"), codebook="kmeans"),
     ),
+    Example("divided_rows", lambda shape: _in_two(shape, LowRank(1), LowRank(_part_rank(shape)))),
+    Example("divided_rows_quantized", lambda shape: _in_two(shape, Quantized(6), Quantized(3))),
     Example("sparse_product", lambda shape: SparseProduct(2, _quarter(shape))),
     Example("sparse_product_splitting", lambda shape: SparseProduct(3, _quarter(shape), "splitting")),
     Example("sparse_product_hierarchical", lambda shape: SparseProduct(2, _quarter(shape), "hierarchical")),

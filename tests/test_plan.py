@@ -31,10 +31,11 @@ from weft.plan.sensitivity import (
     Sensitivity,
     kullback_leibler_divergence,
     measure_sensitivity,
+    predicted_sensitivity,
     rank_correlation,
     squared_divergence,
 )
-from weft.structures.base import Candidate, Cost, Geometry
+from weft.structures.base import Candidate, Cost, Geometry, relative_error
 from weft.structures.dense import Dense
 from weft.structures.low_rank import LowRank
 from weft.survey import LayerSurvey, Survey
@@ -559,6 +560,30 @@ def test_output_grams_weigh_layers_by_the_predicted_loss() -> None:
     survey = weft.survey(model, x, loss=lambda output, batch: output.square().sum(-1).mean())
     plan = weft.allocate(survey, "LowRank", Budget(parameters=0.4))
     assert plan.expected["1"].cost.parameters < plan.expected["0"].cost.parameters
+
+
+def test_what_a_lookups_error_costs_is_predicted_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(12, 6), nn.Flatten(), nn.Linear(18, 4))
+    batches = [torch.randint(12, (400, 3)) for _ in range(20)]
+    survey = weft.survey(model, batches, loss="squared", shrinkage=0.0)
+    sensitivity = predicted_sensitivity(survey)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed[0].weight += 0.1 * torch.randn(12, 6)
+        changed[2].weight += 0.1 * torch.randn(4, 18)
+        for name in ("0", "2"):
+            layer = survey.layers[name]
+            one = copy.deepcopy(model)
+            one[int(name)].weight.copy_(changed[int(name)].weight)
+            measured = sum(float((one(x) - model(x)).square().sum(1).mean()) for x in batches) / len(batches)
+            error = relative_error(
+                layer.weight,
+                changed[int(name)].weight,
+                input_gram=layer.input_gram,
+                output_gram=layer.output_gram,
+            )
+            assert sensitivity.loss(name, error) == pytest.approx(measured, rel=0.3)
 
 
 def test_a_budget_below_the_smallest_possible_names_it(surveyed: tuple[nn.Sequential, Survey]) -> None:

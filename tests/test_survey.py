@@ -158,6 +158,23 @@ def test_an_embedding_is_measured_by_how_often_rows_are_looked_up() -> None:
     assert found.total.multiply_adds == 16
 
 
+def test_squared_output_metrics_are_those_of_the_outputs_distance() -> None:
+    """E‖y(W₀ + E) − y(W₀)‖² = tr(H E G Eᵀ): for a linear network exactly, up to the drawn directions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    batches = [torch.randn(500, 6) for _ in range(40)]
+    found = survey_of(model, batches, loss="squared", shrinkage=0.0, shown=False)
+    head = model[1].weight.detach().double()
+    moment = found.layers["0"].output_gram
+    assert isinstance(moment, DenseGram)
+    expected = head.T @ head
+    assert float((moment.moment - expected).norm()) < 0.05 * float(expected.norm())
+    again = survey_of(model, batches, loss="squared", shrinkage=0.0, shown=False)
+    assert again.layers["0"].output_gram.digest() == moment.digest()
+    with pytest.raises(ValueError, match="loss"):
+        survey_of(model, batches, loss="cubed")  # type: ignore[arg-type]
+
+
 def test_an_embeddings_gradient_measures_its_columns() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(4, 2))
     batch = torch.tensor([[0], [1], [1]])

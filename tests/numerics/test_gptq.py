@@ -12,10 +12,19 @@ from weft.numerics.gptq import (
     Uniform,
     descend,
     quantise,
+    quantise_several,
     round_with_feedback,
     uniform_levels,
 )
-from weft.numerics.gram import BlockDiagonalGram, DenseGram, inverse_root, squared_error
+from weft.numerics.gram import (
+    BlockDiagonalGram,
+    DenseGram,
+    DiagonalGram,
+    inverse_root,
+    row_sizes,
+    row_weights,
+    squared_error,
+)
 from weft.numerics.kmeans import codebooks
 
 
@@ -128,6 +137,19 @@ def test_small_problems_are_solved_nearly_at_the_optimum() -> None:
     assert sorted(ratios)[6] < 1.2
 
 
+@pytest.mark.parametrize("gram", [True, False], ids=["metric", "plain"])
+def test_several_at_once_are_what_they_are_alone(gram: bool) -> None:
+    matrix, metric = problem(9, 24)
+    grams = {"input_gram": metric} if gram else {}
+    starts = [[uniform_levels(matrix, count, 2, count / 2)] for count in (4, 16, 64)]
+    starts[0].append(uniform_levels(matrix, 4, 2, 1.5))
+    together = quantise_several(matrix, starts, **grams)
+    for own, (codes, levels) in zip(starts, together, strict=True):
+        alone, theirs = quantise(matrix, own, **grams)
+        assert torch.equal(codes, alone)
+        torch.testing.assert_close(levels.decode(codes), theirs.decode(alone))
+
+
 def test_blocks_of_rows_have_their_own_metrics() -> None:
     matrix, first = problem(8, 16)
     _, second = problem(8, 16, seed=1)
@@ -141,15 +163,20 @@ def test_blocks_of_rows_have_their_own_metrics() -> None:
         torch.testing.assert_close(found.rows(own).decode(alone), theirs.decode(alone))
 
 
-def test_an_output_metric_is_used() -> None:
-    matrix, gram = problem(40, 24)
-    _, output = problem(24, 40, seed=3)
-    levels = levels_of("uniform", matrix)
+def test_rows_take_up_what_the_rows_before_them_lost() -> None:
+    """The error comes to that of rows apart times their pivots in H, which are smaller than its diagonal."""
+    matrix, gram = problem(64, 24)
+    _, output = problem(24, 64, seed=3)
+    levels = uniform_levels(matrix, 16, 1, 8.0)
     errors = []
     for rows in (None, output):
         codes, found = quantise(matrix, [levels], input_gram=gram, output_gram=rows)
-        errors.append(float(squared_error(matrix - found.decode(codes), gram, output)))
-    assert errors[1] < 0.9 * errors[0]
+        lost = matrix - found.decode(codes)
+        errors.append(float(squared_error(lost, gram, output)))
+        if rows is None:
+            predicted = float(row_weights(output, 64) @ row_sizes(lost, gram))
+    assert predicted < 0.8 * errors[0]
+    assert errors[1] == pytest.approx(predicted, rel=0.3)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -2.0])
@@ -160,3 +187,11 @@ def test_rows_of_one_value_are_exact(value: float) -> None:
         codes, found = quantise(matrix, [levels])
         assert isinstance(found, Uniform)
         torch.testing.assert_close(found.decode(codes), matrix, rtol=1e-5, atol=1e-6)
+
+
+def test_a_diagonal_output_metric_leaves_rows_apart() -> None:
+    matrix, gram = problem(12, 16)
+    levels = levels_of("uniform", matrix)
+    codes, _ = quantise(matrix, [levels], input_gram=gram)
+    weighted, _ = quantise(matrix, [levels], input_gram=gram, output_gram=DiagonalGram(torch.rand(12)))
+    assert torch.equal(codes, weighted)

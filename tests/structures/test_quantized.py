@@ -13,7 +13,7 @@ import weft
 from weft.export import check_onnx, export_onnx, export_torch
 from weft.layers.linear import StructuredLinear
 from weft.structures import from_json
-from weft.structures.base import relative_error
+from weft.structures.base import DenseGram, DiagonalGram, relative_error
 from weft.structures.low_rank import LowRank
 from weft.structures.pruned import Pruned
 from weft.structures.quantized import Quantized
@@ -314,3 +314,37 @@ def test_exported_files_hold_packed_codes(structure: Quantized, tmp_path: Path) 
     program = torch.export.load(export_torch(layer, x, tmp_path / "layer.pt2"))
     assert not [node for node in program.graph.nodes if "weft" in str(node.target)]
     torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_candidates_span_bits_and_groups() -> None:
+    found = {structure for structure in Quantized.candidates((96, 384)) if structure.codebook == "uniform"}
+    assert {(structure.bits, structure.group) for structure in found} == {
+        *((bits, None) for bits in range(2, 9)),
+        *((bits, group) for bits in range(2, 6) for group in (128, 64, 32)),
+    }
+    assert all(structure.group is None for structure in Quantized.candidates((96, 31)))
+
+
+@pytest.mark.parametrize("rows", [96, 1500])
+def test_the_curve_of_part_of_the_rows_is_that_of_the_fits(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(rows, 1, generator=generator) ** 2
+    weight = spread * torch.randn(rows, 64, generator=generator)
+    mixing = torch.randn(64, 64, generator=generator, dtype=torch.float64)
+    grams = {
+        "input_gram": DenseGram(mixing @ mixing.T),
+        "output_gram": DiagonalGram(torch.rand(rows, generator=generator) ** 8),
+    }
+    curve = Quantized.error_curve(weight, **grams)
+    assert [point.structure for point in curve] == list(Quantized.candidates((rows, 64)))
+    for point in curve[::5]:
+        member = point.structure.fit(weight, **grams)
+        assert point.cost == member.cost()
+        assert relative_error(weight, member.to_dense(), **grams) == pytest.approx(point.error, rel=0.03)
+
+
+def test_costs_of_quantised_products_are_predicted() -> None:
+    structure = Quantized(4, of=LowRank(8))
+    assert structure.predicted_cost((40, 48), 4) == structure.fit(torch.randn(40, 48)).cost()
+    with pytest.raises(ValueError, match="does not depend on the weight"):
+        Quantized(4, of=SparseProduct(1, 4)).predicted_cost((40, 48), 4)

@@ -21,7 +21,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from weft.numerics.gram import BlockDiagonalGram, DiagonalGram, Gram, inverse_root, squared_error
+from weft.numerics.gram import (
+    BlockDiagonalGram,
+    DiagonalGram,
+    Gram,
+    inverse_root,
+    row_blocks,
+    row_root,
+    squared_error,
+)
 from weft.numerics.kmeans import nearest_level
 
 __all__ = [
@@ -32,15 +40,13 @@ __all__ = [
     "quantise",
     "quantise_several",
     "row_errors",
-    "row_weights",
     "round_with_feedback",
     "uniform_levels",
 ]
 
 _BLOCK = 64
-# Where an output metric couples rows: blocks of so many, or of such a share of all, do not take up each other's
-# errors; and the rounds of descent within a block, whose levels are found already.
-_LEAST_OUTPUT_BLOCK, _OUTPUT_BLOCKS, _OUTPUT_SWEEPS = 16, 32, 2
+# Rounds of descent for rows whose levels are found already.
+_OUTPUT_SWEEPS = 2
 # Numbers of the matrices that are worked on at a time, all starts together.
 _NUMBERS = 2**23
 # Codebooks of more levels are solved for in the metric's diagonal only: a product per level is too much.
@@ -692,7 +698,7 @@ def _feedback_over_rows(
     lost = torch.zeros_like(matrix)
     fits: list[Fit] = []
     problem = replace(problem, sweeps=min(problem.sweeps, _OUTPUT_SWEEPS))
-    for own in _row_blocks(len(matrix)):
+    for own in row_blocks(len(matrix)):
         own = own.to(matrix.device)
         first, last = int(own[0]), int(own[-1]) + 1
         pull = root[:first, first:last].T @ lost[:first]
@@ -703,35 +709,6 @@ def _feedback_over_rows(
         lost[own] = matrix[own] - found.decode(codes)
         fits.append((codes, found))
     yield torch.cat([codes for codes, _ in fits]), fits[0][1].concatenate([found for _, found in fits[1:]])
-
-
-def row_root(output_gram: Gram) -> Tensor:
-    """R upper triangular with R Rᵀ = H, float64."""
-    inverse = inverse_root(output_gram.dense())
-    identity = torch.eye(len(inverse), dtype=inverse.dtype, device=inverse.device)
-    return torch.linalg.solve_triangular(inverse, identity, upper=True)
-
-
-def _row_blocks(rows: int) -> Sequence[Tensor]:
-    return torch.arange(rows).split(max(_LEAST_OUTPUT_BLOCK, -(-rows // _OUTPUT_BLOCKS)))
-
-
-def row_weights(output_gram: Gram | None, rows: int) -> Tensor:
-    """By what a row's error counts once the rows after it have taken up what they can of it.
-
-    Args:
-        output_gram: H; the identity where None.
-        rows: how many rows there are.
-
-    Returns:
-        Ω_i such that Σ Ω_i ‖e_i‖² is about the error after error feedback over rows; H_ii where rows are apart.
-    """
-    if output_gram is None:
-        return torch.ones(rows, dtype=torch.float64)
-    if isinstance(output_gram, DiagonalGram):
-        return output_gram.diagonal()
-    root = row_root(output_gram)
-    return torch.cat([root[own[0] : own[-1] + 1][:, own].square().sum(1) for own in _row_blocks(rows)])
 
 
 def _descend_over_rows(

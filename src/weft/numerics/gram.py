@@ -13,6 +13,7 @@ matrix).
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from weft import checks
 
 DEFAULT_SHRINKAGE = 0.1
+# In error feedback over rows: blocks of at least so many rows, and at most so many blocks, go together.
+_LEAST_ROW_BLOCK, _ROW_BLOCKS = 16, 32
 # Below this ratio of the least to the largest pivot, Cholesky's factor is noise and eigenvalues are floored
 # instead.
 _SINGULAR = 1e-13
@@ -335,3 +338,66 @@ def squared_error(error: Tensor, input_gram: Gram | None = None, output_gram: Gr
     right = error if input_gram is None else input_gram.matmul(error)
     left = error if output_gram is None else output_gram.matmul(error.T).T
     return (left * right).sum()
+
+
+def row_sizes(matrix: Tensor, input_gram: Gram | None = None) -> Tensor:
+    """The squared norm of every row in a metric.
+
+    Args:
+        matrix: shape (rows, columns).
+        input_gram: the metric; the identity where None.
+
+    Returns:
+        Float64, shape (rows,).
+    """
+    weighed = matrix if input_gram is None else input_gram.matmul(matrix)
+    return (weighed * matrix).sum(1).double().clamp_min_(0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Error feedback over rows: a row's target takes up what the rows before it have lost
+
+
+def row_root(output_gram: Gram) -> Tensor:
+    """R upper triangular with R Rᵀ = H.
+
+    Args:
+        output_gram: H.
+
+    Returns:
+        Float64, shape (size, size).
+    """
+    inverse = inverse_root(output_gram.dense())
+    identity = torch.eye(len(inverse), dtype=inverse.dtype, device=inverse.device)
+    return torch.linalg.solve_triangular(inverse, identity, upper=True)
+
+
+def row_blocks(rows: int) -> Sequence[Tensor]:
+    """Runs of rows that go together in error feedback over rows.
+
+    Args:
+        rows: how many there are.
+
+    Returns:
+        Row numbers, run by run.
+    """
+    return torch.arange(rows).split(max(_LEAST_ROW_BLOCK, -(-rows // _ROW_BLOCKS)))
+
+
+def row_weights(output_gram: Gram | None, rows: int) -> Tensor:
+    """By what a row's error counts once the rows after it have taken up what they can of it.
+
+    Args:
+        output_gram: H; the identity where None.
+        rows: how many rows there are.
+
+    Returns:
+        Ω_i such that Σ Ω_i ‖e_i‖² is about the error after error feedback over rows; H_ii where these are
+        apart.
+    """
+    if output_gram is None:
+        return torch.ones(rows, dtype=torch.float64)
+    if isinstance(output_gram, DiagonalGram):
+        return output_gram.diagonal()
+    root = row_root(output_gram)
+    return torch.cat([root[own[0] : own[-1] + 1][:, own].square().sum(1) for own in row_blocks(rows)])

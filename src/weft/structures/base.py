@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from weft import checks
 from weft.kernels.dispatch import in_plain_eager
 from weft.numerics.gauss_newton import refine
-from weft.numerics.gram import BlockDiagonalGram, DenseGram, DiagonalGram, Gram, squared_error
+from weft.numerics.gram import (
+    BlockDiagonalGram,
+    DenseGram,
+    DiagonalGram,
+    Gram,
+    row_sizes,
+    row_weights,
+    squared_error,
+)
 
 __all__ = [
     "BlockDiagonalGram",
@@ -37,6 +45,7 @@ __all__ = [
     "Geometry",
     "Gram",
     "Rectangle",
+    "RowProfile",
     "Structure",
     "StructuredMatrix",
     "can_unfold",
@@ -337,6 +346,22 @@ class Candidate:
     structure: "Structure"
     cost: Cost
     error: float
+
+
+@dataclass(frozen=True)
+class RowProfile:
+    """What every row loses in each of several sizes, of all rows or of some that stand for them.
+
+    Attributes:
+        rows: increasing row numbers, shape (n,).
+        factors: by what a row's error counts in the whole squared error: its weight in the output metric, and
+            how many rows it stands for; float64, shape (n,).
+        errors: by structure the rows' squared errors in the metric of the inputs, float64, shape (n,).
+    """
+
+    rows: Tensor
+    factors: Tensor
+    errors: "Mapping[Structure, Tensor]"
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -806,6 +831,43 @@ class Structure(ABC):
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int | None:
         """Multiply-adds per input vector or per image; None where the size depends on the weight."""
 
+    def predicted_cost(self, shape: Shape, element_size: int, geometry: Geometry | None = None) -> Cost:
+        """What a member costs, before it is fitted.
+
+        Here of a family that stores real numbers alone; one of codes or indices replaces this.
+
+        Args:
+            shape: the weight's shape.
+            element_size: bytes of one of the weight's numbers.
+            geometry: the convolution's; its input size makes multiply-adds those of an image.
+
+        Returns:
+            The cost.
+
+        Raises:
+            ValueError: the size depends on the weight.
+        """
+        count, products = self.parameter_count(shape), self.multiply_adds(shape, geometry)
+        if count is None or products is None:
+            expected = "of a size that does not depend on the weight"
+            raise ValueError(checks.fault("structure", expected, str(self), "fit it and ask the member"))
+        return Cost(count, count * element_size, products)
+
+    def point(self, weight: Tensor, error: float, geometry: Geometry | None = None) -> Candidate:
+        """A point of an error curve, the cost predicted.
+
+        Args:
+            weight: W.
+            error: the relative error of the member nearest to it.
+            geometry: the convolution's.
+
+        Returns:
+            The candidate.
+        """
+        return Candidate(
+            self, self.predicted_cost(tuple(weight.shape), weight.element_size(), geometry), error
+        )
+
     def refusal(self, shape: Shape, geometry: Geometry | None = None) -> str | None:
         """Why this family cannot take a layer; here None, a family with bounds replaces this.
 
@@ -954,6 +1016,40 @@ class Structure(ABC):
             error = relative_error(weight, member.to_dense(), input_gram=input_gram, output_gram=output_gram)
             curve.append(Candidate(structure, member.cost(geometry), error))
         return curve
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether every row is fitted by itself, so that rows may be divided among sizes; here not."""
+        return False
+
+    @classmethod
+    def row_profile(
+        cls,
+        structures: Sequence["Structure"],
+        weight: Tensor,
+        *,
+        input_gram: Gram | None = None,
+        output_gram: Gram | None = None,
+    ) -> RowProfile:
+        """Every row's error in each of several sizes, for families whose rows are apart.
+
+        Args:
+            structures: of this family, all with `rows_apart`.
+            weight: W.
+            input_gram: Ĝ.
+            output_gram: H; what error feedback over rows gains is predicted.
+
+        Returns:
+            The profile; here from one fit per structure.
+        """
+        matrix = weight.detach().double().flatten(1)
+        errors = {}
+        for structure in structures:
+            member = structure.fit(weight, input_gram=input_gram)
+            lost = matrix - member.to_dense().detach().double().flatten(1)
+            errors[structure] = row_sizes(lost, input_gram)
+        rows = len(matrix)
+        return RowProfile(torch.arange(rows), row_weights(output_gram, rows), errors)
 
     # -- JSON
 

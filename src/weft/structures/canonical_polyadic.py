@@ -25,7 +25,6 @@ from weft.numerics.nearest_low_rank import errors_by_rank, leading_gram, nearest
 from weft.numerics.variable_projection import fit_chain
 from weft.structures.base import (
     Candidate,
-    Cost,
     Geometry,
     Gram,
     Rectangle,
@@ -217,11 +216,7 @@ class CanonicalPolyadic(Structure):
                 error = relative_error(
                     weight, member.to_dense(), input_gram=input_gram, output_gram=output_gram
                 )
-            parameters = structure.parameter_count(shape)
-            cost = Cost(
-                parameters, parameters * weight.element_size(), structure.multiply_adds(shape, geometry)
-            )
-            curve.append(Candidate(structure, cost, error))
+            curve.append(structure.point(weight, error, geometry))
         return curve
 
 

@@ -50,7 +50,6 @@ from weft.numerics.svd import rank_at_tolerance, singular_values, truncated_svd
 from weft.structures.base import (
     BlockDiagonalGram,
     Candidate,
-    Cost,
     DiagonalGram,
     Geometry,
     Gram,
@@ -482,11 +481,7 @@ class Hierarchical(Structure):
         for family in partitions.values():
             sized = {candidate: candidate._predicted_tiles(shape) or [] for candidate in reversed(family)}
             for candidate, error in problem.errors(sized):
-                numbers = _numbers(sized[candidate])
-                cost = Cost(
-                    numbers, numbers * weight.element_size(), matrix_multiply_adds(numbers, shape, geometry)
-                )
-                curve.append(Candidate(candidate, cost, error))
+                curve.append(candidate.point(weight, error, geometry))
         return sorted(curve, key=lambda point: point.cost.parameters)
 
     def _has_grid(self) -> bool:

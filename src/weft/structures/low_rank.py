@@ -22,7 +22,6 @@ from weft.numerics.rank_revealing_qr import rank_revealing_qr
 from weft.numerics.svd import randomized_svd, truncated_svd
 from weft.structures.base import (
     Candidate,
-    Cost,
     Geometry,
     Gram,
     Rectangle,
@@ -154,16 +153,8 @@ class LowRank(Structure):
         checks.weight(weight)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         errors = errors_by_rank(weight.detach().to(dtype).flatten(1), input_gram, output_gram).tolist()
-        shape = tuple(weight.shape)
-        curve = []
-        for rank in range(1, _break_even(shape) + 1):
-            structure = cls(rank)
-            parameters = structure.parameter_count(shape)
-            cost = Cost(
-                parameters, parameters * weight.element_size(), structure.multiply_adds(shape, geometry)
-            )
-            curve.append(Candidate(structure, cost, errors[rank - 1]))
-        return curve
+        ranks = range(1, _break_even(tuple(weight.shape)) + 1)
+        return [cls(rank).point(weight, errors[rank - 1], geometry) for rank in ranks]
 
 
 def _break_even(shape: Shape) -> int:

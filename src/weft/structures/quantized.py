@@ -39,10 +39,9 @@ from weft.numerics.gptq import (
     Uniform,
     quantise,
     quantise_several,
-    row_weights,
     uniform_levels,
 )
-from weft.numerics.gram import squared_error
+from weft.numerics.gram import row_sizes, row_weights, squared_error
 from weft.numerics.kmeans import binary_scale, codebooks, nearest_level, ternary_scale
 from weft.numerics.row_sample import sample_rows
 from weft.structures.base import (
@@ -52,6 +51,7 @@ from weft.structures.base import (
     Geometry,
     Gram,
     Rectangle,
+    RowProfile,
     Shape,
     Structure,
     StructuredMatrix,
@@ -66,10 +66,11 @@ ZEROS = ("level", "between", "free")
 ROUNDINGS = ("feedback", "nearest")
 _FIXED_BITS = {"binary": 1, "sign": 1, "ternary": 2}
 _CODES_PER_BYTE = 5  # of three levels: 3⁵ = 243 fit into one
-# Neighbouring inputs that share a scale: fewer, and the scales are too large a part of the bytes.
-_GROUPS = (128, 64, 32)
-# Rows that an error curve of a taller matrix is estimated from: more change it by less than one per cent.
-_MOST_ROWS = 512
+# Neighbouring inputs that share a scale: with fewer the scales are too large a part of the bytes; where there
+# are many bits, one more bit for all is the better use of them.
+_GROUPS, _MOST_GROUPED_BITS = (128, 64, 32), 5
+# Rows that an error curve of a taller matrix is estimated from: others change it by about one per cent.
+_MOST_ROWS = 256
 # Sweeps over the factors of a product.
 _SWEEPS = 2
 # From so many bits on the search for a better start gains nothing that can be seen.
@@ -195,11 +196,11 @@ class Quantized(Structure):
                 cls(bits, group=group, zero="between" if bits == 2 else "level")
                 for group in (None, *(width for width in _GROUPS if width < inputs and inputs % width == 0))
                 for bits in range(2, 9)
-                if group is None or bits < 8
+                if group is None or bits <= _MOST_GROUPED_BITS
             ),
         ]
         # A row's own codebook pays where it is short beside the row's codes.
-        found += [cls(bits, codebook="kmeans_rows") for bits in (2, 3, 4) if 4 << bits <= inputs]
+        found += [cls(bits, codebook="kmeans_rows") for bits in (2, 3) if 32 << bits <= inputs]
         found += [
             cls(bits, of)
             for of in inner
@@ -243,6 +244,15 @@ class Quantized(Structure):
             )
         return self.of.multiply_adds(shape, geometry)
 
+    def predicted_cost(self, shape: Shape, element_size: int, geometry: Geometry | None = None) -> Cost:
+        plain = super().predicted_cost(shape, element_size, geometry)
+        size = 0
+        for structure, part in [(self, shape)] if self.of == Dense() else self._parts(shape).values():
+            outputs, inputs = matrix_shape(part)
+            numbers = cast(int, structure.parameter_count(part)) - outputs * inputs
+            size += outputs * structure._row_bytes(inputs) + numbers * element_size
+        return dataclasses.replace(plain, bytes=size)
+
     def refusal(self, shape: Shape, geometry: Geometry | None = None) -> str | None:
         return None if self.of == Dense() or self._parts(shape) else self.of.refusal(shape, geometry)
 
@@ -276,51 +286,69 @@ class Quantized(Structure):
         """All numbers of bits in a few passes over the columns, a tall matrix's errors from part of its rows.
 
         Where an output Gram couples rows, what error feedback over them gains is predicted.
+
+        Args:
+            weight: W.
+            input_gram: Ĝ.
+            output_gram: H.
+            geometry: the convolution's.
+            inner: other families' candidates.
+
+        Returns:
+            One candidate per size, cheapest first.
         """
         checks.weight(weight)
         shape = tuple(weight.shape)
         found = list(cls.candidates(shape, inner))
         plain = [structure for structure in found if structure.of == Dense()]
-        errors = dict(zip(plain, cls._errors(plain, weight, input_gram, output_gram), strict=True))
+        profile = cls.row_profile(plain, weight, input_gram=input_gram, output_gram=output_gram)
+        whole = float(squared_error(weight.detach().double().flatten(1), input_gram, output_gram))
+        errors = {
+            structure: math.sqrt(float(profile.factors @ lost) / whole) if whole > 0 else 0.0
+            for structure, lost in profile.errors.items()
+        }
         curve = []
         for structure in found:
             if structure in errors:
-                cost = structure._cost(shape, weight.element_size(), geometry)
-                curve.append(Candidate(structure, cost, errors[structure]))
+                curve.append(structure.point(weight, errors[structure], geometry))
                 continue
             member = structure.fit(weight, input_gram=input_gram, output_gram=output_gram)
             error = relative_error(weight, member.to_dense(), input_gram=input_gram, output_gram=output_gram)
             curve.append(Candidate(structure, member.cost(geometry), error))
         return curve
 
-    def _cost(self, shape: Shape, element_size: int, geometry: Geometry | None) -> Cost:
-        """What a quantised dense weight costs."""
-        outputs, inputs = matrix_shape(shape)
-        count = cast(int, self.parameter_count(shape))
-        size = outputs * self._row_bytes(inputs) + (count - outputs * inputs) * element_size
-        return Cost(count, size, cast(int, self.multiply_adds(shape, geometry)))
+    @property
+    def rows_apart(self) -> bool:
+        return self.of == Dense() and self.codebook != "kmeans"
 
-    @staticmethod
-    def _errors(
-        structures: "Sequence[Quantized]",
+    @classmethod
+    def row_profile(
+        cls,
+        structures: Sequence[Structure],
         weight: Tensor,
-        input_gram: Gram | None,
-        output_gram: Gram | None,
-    ) -> list[float]:
-        """The relative errors of quantised dense weights."""
+        *,
+        input_gram: Gram | None = None,
+        output_gram: Gram | None = None,
+    ) -> RowProfile:
+        """From part of the rows of a tall matrix, all sizes in a few passes over the columns.
+
+        Args:
+            structures: of this family.
+            weight: W.
+            input_gram: Ĝ.
+            output_gram: H.
+
+        Returns:
+            The profile.
+        """
         matrix = weight.detach().to(_precision(weight)).flatten(1)
-        whole = float(squared_error(matrix.double(), input_gram, output_gram))
-        if whole <= 0:
-            return [0.0] * len(structures)
         weights = row_weights(output_gram, len(matrix))
         rows, factors = torch.arange(len(matrix)), torch.ones(len(matrix), dtype=torch.float64)
-        if not isinstance(input_gram, BlockDiagonalGram):
-            rows, factors = sample_rows(weights * _row_sizes(matrix, input_gram), _MOST_ROWS)
-        weights = weights[rows] * factors
-        part = matrix[rows]
-        return [
-            math.sqrt(float(weights @ errors) / whole) for errors in _row_errors(structures, part, input_gram)
-        ]
+        if not isinstance(input_gram, BlockDiagonalGram):  # its blocks are of neighbouring rows
+            rows, factors = sample_rows(weights * row_sizes(matrix, input_gram), _MOST_ROWS)
+        own = [structure for structure in structures if isinstance(structure, cls)]
+        errors = dict(zip(own, _row_errors(own, matrix[rows], input_gram), strict=True))
+        return RowProfile(rows, weights[rows] * factors, errors)
 
     # -- members
 
@@ -597,18 +625,13 @@ def _precision(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _row_sizes(matrix: Tensor, input_gram: Gram | None) -> Tensor:
-    """The squared norm of every row in the metric of the inputs, float64."""
-    weighed = matrix if input_gram is None else input_gram.matmul(matrix)
-    return (weighed * matrix).sum(1).double().clamp_min_(0)
-
-
-def _row_errors(
-    structures: Sequence[Quantized], matrix: Tensor, input_gram: Gram | None
-) -> Iterator[Tensor]:
+def _row_errors(structures: Sequence[Quantized], matrix: Tensor, input_gram: Gram | None) -> Iterator[Tensor]:
     """The squared error of every row, of one quantised dense weight after the other, float64.
 
     Those with as many scales per row are quantised together.
+
+    Yields:
+        Shape (rows,), in the order of the structures.
     """
     diagonal = None if input_gram is None else input_gram.diagonal().to(matrix)
     batches: dict[tuple[object, ...], list[Quantized]] = {}
@@ -628,7 +651,7 @@ def _row_errors(
             solves=batch[0].codebook != "sign",
         )
         for structure, (codes, levels) in zip(batch, fits, strict=True):
-            found[structure] = _row_sizes(matrix - levels.decode(codes), input_gram)
+            found[structure] = row_sizes(matrix - levels.decode(codes), input_gram)
     yield from (found[structure] for structure in structures)
 
 
@@ -882,7 +905,9 @@ class RelaxedMatrix(StructuredMatrix):
         else:
             levels = _uniform(self.kind, self.inputs, numbers)
             scales, zeros = levels.spread(levels.scales), levels.spread(levels.zeros)
-            place = (latent / torch.where(scales == 0, 1.0, scales) + zeros).clamp(0, self.kind.level_count - 1)
+            place = (latent / torch.where(scales == 0, 1.0, scales) + zeros).clamp(
+                0, self.kind.level_count - 1
+            )
             dense = scales * (place + (place.round() - place).detach() - zeros)
         return dense.to(self.latent.dtype).reshape(self.shape)
 

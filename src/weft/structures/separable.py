@@ -24,7 +24,6 @@ from weft.numerics.svd import truncated_svd
 from weft.numerics.variable_projection import fit_chain
 from weft.structures.base import (
     Candidate,
-    Cost,
     Geometry,
     Gram,
     Rectangle,
@@ -167,17 +166,13 @@ class Separable(Structure):
             errors = errors_by_rank(_unfolded(dense.flatten(1), across), input_gram, output_gram).tolist()
             for rank in range(1, _break_even(shape) + 1):
                 structure = cls(rank)
-                curve.append(Candidate(structure, structure._cost(shape, geometry, weight), errors[rank - 1]))
+                curve.append(structure.point(weight, errors[rank - 1], geometry))
             return curve
         for structure in cls.candidates(shape):
             member = structure._fitted(dense, input_gram, output_gram, _CURVE_EVALUATIONS)
             error = relative_error(weight, member.to_dense(), input_gram=input_gram, output_gram=output_gram)
-            curve.append(Candidate(structure, structure._cost(shape, geometry, weight), error))
+            curve.append(structure.point(weight, error, geometry))
         return curve
-
-    def _cost(self, shape: Shape, geometry: Geometry | None, weight: Tensor) -> Cost:
-        parameters = self.parameter_count(shape)
-        return Cost(parameters, parameters * weight.element_size(), self.multiply_adds(shape, geometry))
 
 
 def _sides(shape: Shape) -> tuple[int, int]:

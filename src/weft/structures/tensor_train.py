@@ -41,7 +41,6 @@ from weft.structures.base import (
     CONVOLUTIONS,
     PIECE,
     Candidate,
-    Cost,
     Geometry,
     Gram,
     Rectangle,
@@ -305,12 +304,9 @@ class TensorTrain(Structure):
         for modes, group in by_modes.items():
             found = truncation_errors(matrix, modes, [structure.rank for structure in group])
             errors |= dict(zip(group, found, strict=True))
-        curve = []
-        for structure in structures:
-            count = structure.parameter_count(shape)
-            cost = Cost(count, count * weight.element_size(), structure.multiply_adds(shape, geometry))
-            curve.append(Candidate(structure, cost, math.sqrt(errors[structure] / size)))
-        return curve
+        return [
+            structure.point(weight, math.sqrt(errors[structure] / size), geometry) for structure in structures
+        ]
 
 
 def _extent(shape: Shape, geometry: Geometry | None) -> Extent:

@@ -25,7 +25,6 @@ from weft.numerics.variable_projection import fit_chain
 from weft.numerics.vbmf import bayesian_rank
 from weft.structures.base import (
     Candidate,
-    Cost,
     Geometry,
     Gram,
     Rectangle,
@@ -245,9 +244,8 @@ class Tucker(Structure):
         if positions == 1 and not isinstance(input_gram, BlockDiagonalGram):
             errors = errors_by_rank(dense.flatten(1), input_gram, output_gram).tolist()
             for structure in cls.candidates(shape):
-                ranks = structure._given(shape)
-                cost = _cost(ranks, shape, geometry, weight.element_size())
-                curve.append(Candidate(structure, cost, errors[ranks[0] - 1]))
+                error = errors[structure._given(shape)[0] - 1]
+                curve.append(structure.point(weight, error, geometry))
             return curve
         if positions == 1:
             return super().error_curve(
@@ -256,8 +254,7 @@ class Tucker(Structure):
         for ranks in _best_pairs(dense, input_gram, output_gram):
             member = cls._fitted(dense, ranks, input_gram, output_gram, evaluations=_CURVE_EVALUATIONS)
             error = relative_error(weight, member.to_dense(), input_gram=input_gram, output_gram=output_gram)
-            cost = _cost(ranks, shape, geometry, weight.element_size())
-            curve.append(Candidate(cls(ranks), cost, error))
+            curve.append(cls(ranks).point(weight, error, geometry))
         return curve
 
 
@@ -306,11 +303,6 @@ def _multiply_adds(ranks: Ranks, shape: Shape, geometry: Geometry | None) -> int
     if not left:  # the core's outputs are the layer's, shared out over the groups
         shared = geometry.groups * right * inside + core * geometry.positions(kernel)
     return shared + left * geometry.output_positions(kernel)
-
-
-def _cost(ranks: Ranks, shape: Shape, geometry: Geometry | None, width: int) -> Cost:
-    parameters = _parameters(ranks, shape)
-    return Cost(parameters, parameters * width, _multiply_adds(ranks, shape, geometry))
 
 
 def _orthonormal(left: Tensor, factors: Sequence[Tensor], ranks: Ranks, shape: Shape) -> dict[str, Tensor]:
