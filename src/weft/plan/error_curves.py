@@ -104,8 +104,10 @@ def error_curves(
         inner = _thinned([point for point in found[name] if not isinstance(point.structure, Dense)])
         for family in own:
             alone = set(family.candidates(layer.shape))
-            if inner and not set(family.candidates(layer.shape, inner)) <= alone:
-                second.append(_Piece(layer, family, inner))
+            built = [one for one in family.candidates(layer.shape, inner) if one not in alone] if inner else []
+            promising = _promising(built, found[name], layer)
+            if promising:
+                second.append(_Piece(layer, family, promising))
     gather(second, "combining")
     return {name: _by_family(points) for name, points in found.items()}
 
@@ -144,6 +146,25 @@ def _takes(family: type[Structure], layer: LayerSurvey) -> bool:
         return False
     probe = next(iter(family.candidates(layer.shape, (Dense(),))), None)
     return probe is not None and probe.refusal(layer.shape, layer.geometry) is None
+
+
+def _promising(
+    structures: Iterable[Structure], known: Sequence[Candidate], layer: LayerSurvey
+) -> tuple[Structure, ...]:
+    """The structures that could still be undominated, the costs known and the error no less than a bound."""
+    errors = {point.structure: point.error for point in known}
+    front = undominated(known)
+    kept = []
+    for structure in structures:
+        bound = errors.get(structure.approximated, 0.0) if structure.approximated is not None else 0.0
+        try:
+            cost = structure.predicted_cost(layer.shape, layer.weight.element_size(), layer.geometry)
+        except ValueError:  # known only from a fit
+            kept.append(structure)
+            continue
+        if undominated([*front, Candidate(structure, layer.per_sample(cost), bound)])
+            kept.append(structure)
+    return tuple(kept)
 
 
 def _thinned(candidates: Sequence[Candidate]) -> tuple[Structure, ...]:

@@ -998,7 +998,7 @@ class Structure(ABC):
         geometry: Geometry | None = None,
         inner: Iterable["Structure"] = (),
     ) -> list[Candidate]:
-        """Cost and error over the ladder of sizes, here by fitting every candidate.
+        """Cost and error over the ladder of sizes, here of every candidate by itself.
 
         Args:
             weight: W.
@@ -1010,12 +1010,47 @@ class Structure(ABC):
         Returns:
             One candidate per size, cheapest first.
         """
+        return cls.points(
+            list(cls.candidates(tuple(weight.shape), inner)),
+            weight,
+            input_gram=input_gram,
+            output_gram=output_gram,
+            geometry=geometry,
+        )
+
+    @classmethod
+    def points(
+        cls,
+        structures: "Sequence[Structure]",
+        weight: Tensor,
+        *,
+        input_gram: Gram | None = None,
+        output_gram: Gram | None = None,
+        geometry: Geometry | None = None,
+    ) -> list[Candidate]:
+        """Cost and error of some sizes, here by a fit each; a family that knows them sooner replaces this.
+
+        Args:
+            structures: of this family.
+            weight: W.
+            input_gram: Ĝ.
+            output_gram: H.
+            geometry: the convolution's; its input size makes multiply-adds those of an image.
+
+        Returns:
+            One candidate per structure, in their order.
+        """
         curve = []
-        for structure in cls.candidates(tuple(weight.shape), inner):
+        for structure in structures:
             member = structure.fit(weight, input_gram=input_gram, output_gram=output_gram)
             error = relative_error(weight, member.to_dense(), input_gram=input_gram, output_gram=output_gram)
             curve.append(Candidate(structure, member.cost(geometry), error))
         return curve
+
+    @property
+    def approximated(self) -> "Structure | None":
+        """The structure whose members this one's only approximate, so that it loses no less; here none."""
+        return None
 
     @property
     def rows_apart(self) -> bool:

@@ -256,31 +256,33 @@ class DividedRows(Structure):
     # -- curves
 
     @classmethod
-    def error_curve(
+    def points(
         cls,
+        structures: Sequence[Structure],
         weight: Tensor,
         *,
         input_gram: Gram | None = None,
         output_gram: Gram | None = None,
         geometry: Geometry | None = None,
-        inner: Iterable[Structure] = (),
     ) -> list[Candidate]:
         """All divisions of the rows among sizes from every row's error in each of them.
 
         Args:
+            structures: of this family.
             weight: W.
             input_gram: Ĝ.
             output_gram: H.
             geometry: the convolution's.
-            inner: other families' candidates, of which those count that fit every row by itself.
 
         Returns:
-            One candidate per pair of sizes and share.
+            One candidate per structure, in their order.
         """
         checks.weight(weight)
-        wanted = list(cls.candidates(tuple(weight.shape), inner))
-        if not wanted:
-            return []
+        wanted = [structure for structure in structures if isinstance(structure, cls)]
+        if any(not part.rows_apart for structure in wanted for part in structure.parts):
+            return super().points(
+                structures, weight, input_gram=input_gram, output_gram=output_gram, geometry=geometry
+            )
         sizes = list(dict.fromkeys(part for structure in wanted for part in structure.parts))
         # All of one family come from one pass.
         profiles = {}

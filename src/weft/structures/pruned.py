@@ -359,6 +359,10 @@ class Pruned(Structure):
         plain = {"unstructured": (count,), "rows": (count, inputs), "columns": (outputs, count)}
         return plain.get(self.pattern, (count, pattern.rows, pattern.columns))
 
+    @property
+    def approximated(self) -> Structure | None:
+        return None if self.of == Dense() else self.of
+
     @classmethod
     def error_curve(
         cls,

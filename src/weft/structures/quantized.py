@@ -274,48 +274,47 @@ class Quantized(Structure):
             raise ValueError(checks.fault("group", expected, self.group, f"use e.g. {near}"))
 
     @classmethod
-    def error_curve(
+    def points(
         cls,
+        structures: Sequence[Structure],
         weight: Tensor,
         *,
         input_gram: Gram | None = None,
         output_gram: Gram | None = None,
         geometry: Geometry | None = None,
-        inner: Iterable[Structure] = (),
     ) -> list[Candidate]:
         """All numbers of bits in a few passes over the columns, a tall matrix's errors from part of its rows.
 
         Where an output Gram couples rows, what error feedback over them gains is predicted.
 
         Args:
+            structures: of this family.
             weight: W.
             input_gram: Ĝ.
             output_gram: H.
             geometry: the convolution's.
-            inner: other families' candidates.
 
         Returns:
-            One candidate per size, cheapest first.
+            One candidate per structure, in their order.
         """
         checks.weight(weight)
-        shape = tuple(weight.shape)
-        found = list(cls.candidates(shape, inner))
-        plain = [structure for structure in found if structure.of == Dense()]
-        profile = cls.row_profile(plain, weight, input_gram=input_gram, output_gram=output_gram)
-        whole = float(squared_error(weight.detach().double().flatten(1), input_gram, output_gram))
-        errors = {
-            structure: math.sqrt(float(profile.factors @ lost) / whole) if whole > 0 else 0.0
-            for structure, lost in profile.errors.items()
-        }
-        curve = []
-        for structure in found:
-            if structure in errors:
-                curve.append(structure.point(weight, errors[structure], geometry))
-                continue
-            member = structure.fit(weight, input_gram=input_gram, output_gram=output_gram)
-            error = relative_error(weight, member.to_dense(), input_gram=input_gram, output_gram=output_gram)
-            curve.append(Candidate(structure, member.cost(geometry), error))
-        return curve
+        grams = {"input_gram": input_gram, "output_gram": output_gram}
+        found: dict[Structure, Candidate] = {}
+        plain = [structure for structure in structures if isinstance(structure, cls) and structure.of == Dense()]
+        if plain:
+            profile = cls.row_profile(plain, weight, **grams)
+            whole = float(squared_error(weight.detach().double().flatten(1), **grams))
+            for structure, lost in profile.errors.items():
+                error = math.sqrt(float(profile.factors @ lost) / whole) if whole > 0 else 0.0
+                found[structure] = structure.point(weight, error, geometry)
+        nested = [structure for structure in structures if structure not in found]
+        for point in super().points(nested, weight, **grams, geometry=geometry):
+            found[point.structure] = point
+        return [found[structure] for structure in structures]
+
+    @property
+    def approximated(self) -> Structure | None:
+        return None if self.of == Dense() else self.of
 
     @property
     def rows_apart(self) -> bool:
