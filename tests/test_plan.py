@@ -35,9 +35,11 @@ from weft.plan.sensitivity import (
     rank_correlation,
     squared_divergence,
 )
-from weft.structures.base import Candidate, Cost, Geometry, relative_error
+from weft.structures.base import Candidate, Cost, Geometry, Structure, StructuredMatrix, relative_error
 from weft.structures.dense import Dense
+from weft.structures.divided_rows import DividedRows
 from weft.structures.low_rank import LowRank
+from weft.structures.quantized import Quantized
 from weft.survey import LayerSurvey, Survey
 
 
@@ -201,6 +203,39 @@ def test_kept_curves_are_read_instead_of_computed(
         file.write_text("{")  # a damaged file is no error
     assert error_curves(survey, [LowRank], cache=tmp_path) == first
     assert error_curves(survey, [LowRank], cache=tmp_path) == first
+
+
+def test_wrappers_fit_nothing_twice_and_nothing_that_is_dominated(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96))
+    survey = weft.survey(model, [torch.randn(200, 64)])
+    families = [LowRank, Quantized, DividedRows]
+    fitted: list[Structure] = []
+    fit = Structure.fit
+
+    def counted(self: Structure, *arguments: Any, **options: Any) -> StructuredMatrix:
+        fitted.append(self)
+        return fit(self, *arguments, **options)
+
+    monkeypatch.setattr(Structure, "fit", counted)
+    curve = error_curves(survey, families)["0"]
+    asked = [structure for structure in fitted if isinstance(structure, Quantized)]
+    assert len(asked) == len(set(asked))
+    # Codes of low rank lose no less than low rank itself, which here loses more than fewer bits do.
+    low_rank = {point.structure: point.error for point in curve if isinstance(point.structure, LowRank)}
+    plain = [
+        point for point in curve if isinstance(point.structure, Quantized) and point.structure.of == Dense()
+    ]
+    for structure in asked:
+        cost = structure.predicted_cost((96, 64), 4)
+        assert not any(
+            point.error <= low_rank[structure.of]
+            and point.cost.bytes <= cost.bytes
+            and point.cost.multiply_adds <= cost.multiply_adds
+            and point.cost.parameters <= cost.parameters
+            for point in plain
+        )
+    assert any(isinstance(point.structure, DividedRows) for point in curve)
 
 
 def test_processes_compute_the_same_curves(surveyed: tuple[nn.Sequential, Survey]) -> None:

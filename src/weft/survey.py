@@ -635,8 +635,8 @@ def survey(
         >>> sorted(found.layers), found.total.multiply_adds
         (['0', '2'], 40)
     """
-    if isinstance(loss, str):
-        checks.one_of("loss", loss, ("squared",))
+    if isinstance(loss, str) and loss != "squared":
+        raise ValueError(checks.fault("loss", '"squared" or a function', repr(loss), "pass a function"))
     if loss is not None and teacher is not None:
         raise ValueError(checks.fault("loss and teacher", "one of the two", "both", "drop one"))
     if batches is None and (loss is not None or teacher is not None):

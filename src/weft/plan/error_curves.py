@@ -69,7 +69,7 @@ def error_curves(
             contents[layer.name] = layer_digest(
                 layer.weight, layer.input_gram, layer.output_gram, layer.geometry
             )
-        ladder = list(piece.family.candidates(layer.shape, piece.inner))
+        ladder = list(piece.structures or piece.family.candidates(layer.shape))
         return CurveCache.key(contents[layer.name], piece.family, ladder)
 
     def gather(pieces: list["_Piece"], description: str) -> None:
@@ -91,7 +91,7 @@ def error_curves(
 
     gather(
         [
-            _Piece(survey.layers[name], family, ())
+            _Piece(survey.layers[name], family)
             for name, own in allowed.items()
             for family in own
             if next(family.candidates(survey.layers[name].shape), None) is not None
@@ -104,7 +104,9 @@ def error_curves(
         inner = _thinned([point for point in found[name] if not isinstance(point.structure, Dense)])
         for family in own:
             alone = set(family.candidates(layer.shape))
-            built = [one for one in family.candidates(layer.shape, inner) if one not in alone] if inner else []
+            built = (
+                [one for one in family.candidates(layer.shape, inner) if one not in alone] if inner else []
+            )
             promising = _promising(built, found[name], layer)
             if promising:
                 second.append(_Piece(layer, family, promising))
@@ -118,7 +120,7 @@ class _Piece:
 
     layer: LayerSurvey
     family: type[Structure]
-    inner: tuple[Structure, ...]
+    structures: tuple[Structure, ...] | None = None  # some sizes; the whole ladder where None
 
     def add(self, points: Iterable[Candidate], found: dict[str, list[Candidate]]) -> None:
         layer = self.layer
@@ -130,12 +132,12 @@ class _Piece:
 def _curve(piece: _Piece) -> list[Candidate]:
     layer = piece.layer
     try:
-        return piece.family.error_curve(
-            layer.weight.detach().cpu(),
-            input_gram=layer.input_gram,
-            output_gram=layer.output_gram,
-            geometry=layer.geometry,
-            inner=piece.inner,
+        weight = layer.weight.detach().cpu()
+        inner, outer, geometry = layer.input_gram, layer.output_gram, layer.geometry
+        if piece.structures is None:
+            return piece.family.error_curve(weight, input_gram=inner, output_gram=outer, geometry=geometry)
+        return piece.family.points(
+            piece.structures, weight, input_gram=inner, output_gram=outer, geometry=geometry
         )
     finally:
         layer.release()
@@ -145,7 +147,8 @@ def _takes(family: type[Structure], layer: LayerSurvey) -> bool:
     if family is Dense:
         return False
     probe = next(iter(family.candidates(layer.shape, (Dense(),))), None)
-    return probe is not None and probe.refusal(layer.shape, layer.geometry) is None
+    # One that builds on several others has no candidate yet.
+    return probe is None or probe.refusal(layer.shape, layer.geometry) is None
 
 
 def _promising(
@@ -156,13 +159,16 @@ def _promising(
     front = undominated(known)
     kept = []
     for structure in structures:
+        if structure.refusal(layer.shape, layer.geometry) is not None:
+            continue
         bound = errors.get(structure.approximated, 0.0) if structure.approximated is not None else 0.0
         try:
             cost = structure.predicted_cost(layer.shape, layer.weight.element_size(), layer.geometry)
         except ValueError:  # known only from a fit
             kept.append(structure)
             continue
-        if undominated([*front, Candidate(structure, layer.per_sample(cost), bound)])
+        point = Candidate(structure, layer.per_sample(cost), bound)
+        if point in undominated([*front, point]):
             kept.append(structure)
     return tuple(kept)
 

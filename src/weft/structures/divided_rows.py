@@ -333,6 +333,9 @@ class DividedRowsMatrix(StructuredMatrix):
     """
 
     labels: Tensor | None
+    _owners: Tensor
+    _places: Tensor
+    _within: Tensor
 
     def __init__(
         self,

@@ -57,7 +57,6 @@ from weft.structures.base import (
     StructuredMatrix,
     matrix_multiply_adds,
     matrix_shape,
-    relative_error,
 )
 from weft.structures.dense import Dense
 
@@ -300,7 +299,9 @@ class Quantized(Structure):
         checks.weight(weight)
         grams = {"input_gram": input_gram, "output_gram": output_gram}
         found: dict[Structure, Candidate] = {}
-        plain = [structure for structure in structures if isinstance(structure, cls) and structure.of == Dense()]
+        plain = [
+            structure for structure in structures if isinstance(structure, cls) and structure.of == Dense()
+        ]
         if plain:
             profile = cls.row_profile(plain, weight, **grams)
             whole = float(squared_error(weight.detach().double().flatten(1), **grams))
@@ -346,7 +347,9 @@ class Quantized(Structure):
         if not isinstance(input_gram, BlockDiagonalGram):  # its blocks are of neighbouring rows
             rows, factors = sample_rows(weights * row_sizes(matrix, input_gram), _MOST_ROWS)
         own = [structure for structure in structures if isinstance(structure, cls)]
-        errors = dict(zip(own, _row_errors(own, matrix[rows], input_gram), strict=True))
+        errors: dict[Structure, Tensor] = dict(
+            zip(own, _row_errors(own, matrix[rows], input_gram), strict=True)
+        )
         return RowProfile(rows, weights[rows] * factors, errors)
 
     # -- members
