@@ -429,8 +429,7 @@ PyObject *quantized_apply(PyObject *, PyObject *const *given, Py_ssize_t count) 
     const Plain scales = arguments.tensor(given[2]);
     const std::int64_t outputs = rows_of_codes(arguments, codes, bits, inputs);
     const std::uintptr_t bias = arguments.optional(given[4], outputs);
-    // Whole groups of eight codes, as the kernels step.
-    arguments.require(group >= 1 && group <= inputs && inputs % group == 0 && (group == inputs || group % 8 == 0));
+    arguments.require(group >= 1 && group <= inputs && inputs % group == 0);
     if (!arguments.serve()) return arguments.declined();
     arguments.require(x.axes >= 1 && x.last() == inputs && scales.has_shape(outputs, inputs / group));
     Plain zeros;

@@ -1,11 +1,12 @@
 #include "quantized.hpp"
 
 #include <algorithm>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "processor.hpp"
 #include "quantized_leaf.hpp"
+#include "rows_product.hpp"
 #include "threads.hpp"
 
 namespace weft {
@@ -23,9 +24,10 @@ Number *at_least(std::vector<Number> &memory, std::int64_t count) {
 
 // Every thread that calls keeps its own; workers read the caller's.
 struct Scratch {
-    std::vector<float> x, sums, widths;
+    std::vector<float> x, sums, widths, decoded;
     std::vector<std::int32_t> first, within;
-    std::vector<std::int16_t> whole;
+    std::vector<std::int8_t> whole;
+    std::vector<std::uint8_t> codes;
 };
 Scratch &scratch() {
     thread_local Scratch memory;
@@ -36,61 +38,148 @@ std::int64_t rounded_up(std::int64_t count, std::int64_t unit) { return (count +
 
 std::int64_t row_bytes(const QuantizedMatrix &m) { return (m.inputs * m.bits + 7) / 8; }
 
-// Calls task(begin, end) for the rows [0, rows), in fours because the leaves work on four at once.
+int parts_of(std::int64_t work, int threads) {
+    return static_cast<int>(std::clamp<std::int64_t>(work / worth_a_thread, 1, std::max(threads, 1)));
+}
+
+// Calls task(part, begin, end) for the rows [0, rows), in fours because the leaves work on four at once.
 template <typename Task>
-void share_rows(std::int64_t rows, std::int64_t work, int threads, Task &&task) {
-    const int parts = static_cast<int>(std::clamp<std::int64_t>(work / worth_a_thread, 1, std::max(threads, 1)));
-    if (parts == 1) return task(0, rows);
+void share_rows(std::int64_t rows, int parts, Task &&task) {
+    if (parts == 1) return task(0, 0, rows);
     const std::int64_t fours = (rows + 3) / 4;
     parallel(parts, [&](int part) {
-        task(std::min(rows, fours * part / parts * 4), std::min(rows, fours * (part + 1) / parts * 4));
+        task(part, std::min(rows, fours * part / parts * 4), std::min(rows, fours * (part + 1) / parts * 4));
     });
 }
 
-// Which group every lane of every register belongs to, where a register's lanes hold `each` neighbouring inputs.
-void lane_groups(std::int64_t inputs, std::int64_t group, std::int64_t lanes, std::int64_t each, Scratch &memory) {
-    const std::int64_t registers = rounded_up(inputs, lanes * each) / (lanes * each);
-    const std::int64_t last = inputs / group - 1;
-    std::int32_t *first = at_least(memory.first, registers);
-    std::int32_t *within = at_least(memory.within, registers * lanes);
-    for (std::int64_t r = 0; r < registers; ++r) {
-        const std::int64_t begin = r * lanes * each;
-        first[r] = static_cast<std::int32_t>(begin / group);
-        for (std::int64_t k = 0; k < lanes; ++k)
-            within[r * lanes + k] = static_cast<std::int32_t>(std::min(last, (begin + k * each) / group) - first[r]);
+// Groups that the lanes of the leaves' sums, four inputs each, do not divide into.
+bool odd_groups(const QuantizedMatrix &m) { return m.group != m.inputs && m.group % 4 != 0; }
+
+// Which group the first, and the last, input of every lane of every step belongs to.
+void lane_groups(const QuantizedMatrix &m, const QuantizedLeaf &leaf, Scratch &memory) {
+    const std::int64_t steps = rounded_up(m.inputs, leaf.integer_step) / leaf.integer_step;
+    const std::int64_t last = m.inputs / m.group - 1;
+    std::int32_t *first = at_least(memory.first, steps);
+    std::int32_t *within = at_least(memory.within, 2 * steps * leaf.lanes);
+    for (std::int64_t s = 0; s < steps; ++s) {
+        const std::int64_t begin = s * leaf.integer_step;
+        first[s] = static_cast<std::int32_t>(begin / m.group);
+        for (std::int64_t k = 0; k < leaf.lanes; ++k)
+            for (int end = 0; end < 2; ++end) {
+                const std::int64_t group = std::min(last, (begin + 4 * k + 3 * end) / m.group);
+                within[(end * steps + s) * leaf.lanes + k] = static_cast<std::int32_t>(group - first[s]);
+            }
     }
 }
 
-// sums (batch, groups) of x over each group, in a fixed order that does not depend on the instruction set.
-template <typename Number>
-void group_sums(const Number *x, std::int64_t x_stride, std::int64_t batch, std::int64_t groups, std::int64_t group,
-                float *sums) {
-    for (std::int64_t b = 0; b < batch; ++b)
-        for (std::int64_t g = 0; g < groups; ++g) {
-            const Number *from = x + b * x_stride + g * group;
-            // Whole numbers up to 127 fit 64 bits however many; floats are added up in double precision.
-            using Sum = std::conditional_t<std::is_same_v<Number, float>, double, std::int64_t>;
-            Sum parts[8] = {};
-            std::int64_t j = 0;
-            for (; j + 8 <= group; j += 8)
-                for (int k = 0; k < 8; ++k) parts[k] += from[j + k];
-            for (; j < group; ++j) parts[0] += from[j];
-            Sum sum = 0;
-            for (const Sum part : parts) sum += part;
-            sums[b * groups + g] = static_cast<float>(sum);
-        }
+// Moves from x to `second` what belongs to another group than the first of its four neighbours.
+void part_odd_groups(std::int8_t *x, std::int8_t *second, std::int64_t inputs, std::int64_t group) {
+    for (std::int64_t start = group; start < inputs; start += group)
+        for (std::int64_t j = start; j % 4 != 0 && j < inputs; ++j) std::swap(x[j], second[j]);
 }
 
-}  // namespace
+// One row of weights as they are. `codes` holds its codes as bytes meanwhile.
+void decode_row(const QuantizedMatrix &m, const QuantizedLeaf &leaf, std::int64_t row, std::uint8_t *codes, float *to) {
+    const std::int64_t bytes = row_bytes(m), groups = m.inputs / m.group;
+    leaf.unpack_row(m.codes + row * bytes, bytes, m.inputs, m.bits, codes);
+    if (m.codebook != nullptr) return leaf.look_up(codes, m.inputs, m.bits, m.codebook + row * m.book_stride, to);
+    for (std::int64_t g = 0; g < groups; ++g) {
+        const float zero =
+            m.zeros != nullptr ? m.zeros[row * groups + g] : static_cast<float>(1 << (m.bits - 1));
+        leaf.levels(codes + g * m.group, m.group, zero, m.scales[row * groups + g], to + g * m.group);
+    }
+}
 
-void quantized_float(const QuantizedProduct &p, int threads) {
+// Four rows of weights at a time, decoded into the nearest cache: for what whole numbers do not serve.
+void by_decoded_rows(const QuantizedProduct &p, const float *x, int threads) {
+    const QuantizedLeaf &leaf = quantized_leaf();
+    const QuantizedMatrix &m = p.matrix;
+    const RowsProductKernel product = rows_product_kernel();
+    const int parts = parts_of(p.batch * m.inputs * m.outputs, threads);
+    const std::int64_t each = 4 * m.inputs, codes_each = m.inputs + integer_padding;
+    float *all = at_least(scratch().decoded, parts * each);
+    std::uint8_t *all_codes = at_least(scratch().codes, parts * codes_each);
+    share_rows(m.outputs, parts, [&](int part, std::int64_t begin, std::int64_t end) {
+        float *decoded = all + part * each;
+        for (std::int64_t row = begin; row < end; row += 4) {
+            const std::int64_t count = std::min<std::int64_t>(4, end - row);
+            for (std::int64_t r = 0; r < count; ++r)
+                decode_row(m, leaf, row + r, all_codes + part * codes_each, decoded + r * m.inputs);
+            product({x, m.inputs, decoded, p.bias != nullptr ? p.bias + row : nullptr, p.out + row, m.outputs, p.batch,
+                     count, m.inputs});
+        }
+    });
+}
+
+// Inputs per pass over the codes: their whole numbers stay in the cache, and scratch memory stays small.
+constexpr std::int64_t slice = 128;
+
+// Inputs as vectors of whole numbers, which `write(x, to, widths)` makes; false where it cannot.
+template <typename Write>
+bool by_whole_numbers(const QuantizedProduct &p, int digits, int threads, Write &&write) {
     const QuantizedLeaf &leaf = quantized_leaf();
     const QuantizedMatrix &m = p.matrix;
     Scratch &memory = scratch();
-    const std::int64_t lanes = leaf.lanes, block = 8 * lanes, padded = rounded_up(m.inputs, block);
-    const std::int64_t groups = m.inputs / m.group;
+    const std::int64_t padded = rounded_up(m.inputs, integer_padding), groups = m.inputs / m.group;
+    const std::int64_t most = std::min(slice, p.batch), bytes = row_bytes(m);
+    const std::int64_t second = odd_groups(m) ? most * digits * padded : 0;
 
-    float *x = at_least(memory.x, p.batch * padded);
+    std::int8_t *whole = at_least(memory.whole, most * digits * padded + second);
+    float *widths = at_least(memory.widths, most * digits);
+    float *sums = at_least(memory.sums, most * groups);
+    if (groups > 1) lane_groups(m, leaf, memory);
+    const std::int64_t lanes_in_all = rounded_up(m.inputs, leaf.integer_step) / leaf.integer_step * leaf.lanes;
+    for (std::int64_t first = 0; first < p.batch; first += slice) {
+        const std::int64_t batch = std::min(slice, p.batch - first);
+        std::fill(sums, sums + batch * groups, 0.0f);
+        std::fill(whole + most * digits * padded, whole + most * digits * padded + second, std::int8_t{0});
+        for (std::int64_t b = 0; b < batch; ++b) {
+            std::int8_t *to = whole + b * digits * padded;
+            if (!write(p.x + (first + b) * m.inputs, to, padded, widths + b * digits)) return false;
+            for (int d = 0; d < digits; ++d, to += padded) {
+                std::fill(to + m.inputs, to + padded, std::int8_t{0});
+                const float width = digits == 1 ? 1.0f : widths[b * digits + d];
+                leaf.add_group_sums(to, groups, m.group, width, sums + b * groups);
+                if (second != 0) part_odd_groups(to, to + second, m.inputs, m.group);
+            }
+        }
+        IntegerRows rows = {};
+        rows.codes = m.codes;
+        rows.codes_end = m.codes + bytes * m.outputs;
+        rows.row_bytes = bytes;
+        rows.x = whole;
+        rows.x_stride = padded;
+        rows.widths = widths;
+        rows.scales = m.scales;
+        rows.zeros = m.zeros;
+        rows.sums = sums;
+        rows.first = memory.first.data();
+        rows.within = memory.within.data();
+        rows.within_second = memory.within.data() + (second != 0 ? lanes_in_all : 0);
+        rows.second = second;
+        rows.group = m.group;
+        rows.bias = p.bias;
+        rows.out = p.out + first * m.outputs;
+        rows.batch = batch;
+        rows.inputs = m.inputs;
+        rows.outputs = m.outputs;
+        rows.groups = groups;
+        rows.bits = m.bits;
+        rows.digits = digits;
+        share_rows(m.outputs, parts_of(batch * m.inputs * m.outputs, threads),
+                   [&](int, std::int64_t begin, std::int64_t end) { leaf.integer_rows(rows, begin, end); });
+    }
+    return true;
+}
+
+// Groups of one to three inputs: too many for a register's lanes to choose from.
+bool tiny_groups(const QuantizedMatrix &m) { return m.group != m.inputs && m.group < 4; }
+
+void codebook_float(const QuantizedProduct &p, int threads) {
+    const QuantizedLeaf &leaf = quantized_leaf();
+    const QuantizedMatrix &m = p.matrix;
+    const std::int64_t lanes = leaf.lanes, block = 8 * lanes, padded = rounded_up(m.inputs, block);
+    float *x = at_least(scratch().x, p.batch * padded);
     for (std::int64_t b = 0; b < p.batch; ++b) {
         const float *from = p.x + b * m.inputs;
         float *to = x + b * padded;
@@ -104,73 +193,53 @@ void quantized_float(const QuantizedProduct &p, int threads) {
                 to[whole + (j - whole) % 8 * lanes + (j - whole) / 8] = from[j];
         }
     }
-    float *sums = nullptr;
-    if (m.codebook == nullptr) {
-        sums = at_least(memory.sums, p.batch * groups);
-        group_sums(p.x, m.inputs, p.batch, groups, m.group, sums);
-        if (groups > 1) lane_groups(m.inputs, m.group, lanes, 8, memory);
-    }
-    const FloatRows rows = {m.codes,  row_bytes(m), x,          padded,   m.codebook, m.book_stride,
-                            m.scales, m.zeros,      sums,       memory.first.data(), memory.within.data(),
-                            p.bias,   p.out,        p.batch,    m.inputs, m.outputs,  groups,
-                            m.bits};
-    share_rows(m.outputs, p.batch * m.inputs * m.outputs, threads,
-               [&](std::int64_t begin, std::int64_t end) { leaf.float_rows(rows, begin, end); });
+    const CodebookRows rows = {m.codes, row_bytes(m), x,        padded,   m.codebook, m.book_stride,
+                               p.bias,  p.out,        p.batch,  m.inputs, m.outputs,  m.bits};
+    share_rows(m.outputs, parts_of(p.batch * m.inputs * m.outputs, threads),
+               [&](int, std::int64_t begin, std::int64_t end) { leaf.codebook_rows(rows, begin, end); });
 }
 
-// Vectors per pass over the codes: their whole numbers stay in the cache, and scratch memory stays small.
-constexpr std::int64_t slice = 128;
+}  // namespace
+
+void quantized_float(const QuantizedProduct &p, int threads) {
+    if (p.matrix.codebook != nullptr) return codebook_float(p, threads);
+    const QuantizedLeaf &leaf = quantized_leaf();
+    const auto split = [&](const float *x, std::int8_t *to, std::int64_t stride, float *widths) {
+        return leaf.split_vector(x, p.matrix.inputs, to, stride, widths);
+    };
+    if (!tiny_groups(p.matrix) && by_whole_numbers(p, float_digits, threads, split)) return;
+    by_decoded_rows(p, p.x, threads);
+}
 
 void quantized_int8(const QuantizedProduct &p, int threads) {
     const QuantizedLeaf &leaf = quantized_leaf();
-    const QuantizedMatrix &m = p.matrix;
-    Scratch &memory = scratch();
-    const std::int64_t padded = rounded_up(m.inputs, integer_padding), groups = m.inputs / m.group;
-    const std::int64_t most = std::min(slice, p.batch);
-
-    // Enough for the wider of the leaves' two integer types.
-    std::int16_t *whole = at_least(memory.whole, most * padded);
-    float *widths = at_least(memory.widths, most);
-    float *sums = at_least(memory.sums, most * groups);
-    if (groups > 1) lane_groups(m.inputs, m.group, leaf.lanes, leaf.integer_step / leaf.lanes, memory);
-    for (std::int64_t first = 0; first < p.batch; first += slice) {
-        const std::int64_t batch = std::min(slice, p.batch - first);
-        for (std::int64_t b = 0; b < batch; ++b) {
-            char *to = reinterpret_cast<char *>(whole) + b * padded * leaf.integer_bytes;
-            widths[b] = leaf.round_vector(p.x + (first + b) * m.inputs, m.inputs, to);
-            std::fill(to + m.inputs * leaf.integer_bytes, to + padded * leaf.integer_bytes, char{0});
-        }
-        if (leaf.integer_bytes == 1)
-            group_sums(reinterpret_cast<const std::int8_t *>(whole), padded, batch, groups, m.group, sums);
-        else
-            group_sums(whole, padded, batch, groups, m.group, sums);
-        const IntegerRows rows = {m.codes, row_bytes(m), whole,  padded, widths, m.scales, m.zeros,
-                                  sums,    memory.first.data(),  memory.within.data(),     m.group,
-                                  p.bias,  p.out + first * m.outputs,    batch,  m.inputs, m.outputs,
-                                  groups,  m.bits};
-        share_rows(m.outputs, batch * m.inputs * m.outputs, threads,
-                   [&](std::int64_t begin, std::int64_t end) { leaf.integer_rows(rows, begin, end); });
+    const std::int64_t inputs = p.matrix.inputs;
+    const auto round = [&](const float *x, std::int8_t *to, std::int64_t, float *widths) {
+        widths[0] = leaf.round_vector(x, inputs, to);
+        return true;
+    };
+    if (!tiny_groups(p.matrix)) {
+        by_whole_numbers(p, 1, threads, round);
+        return;
     }
+    std::vector<std::int8_t> whole(static_cast<std::size_t>(inputs));
+    float *rounded = at_least(scratch().x, p.batch * inputs);
+    for (std::int64_t b = 0; b < p.batch; ++b) {
+        const float width = leaf.round_vector(p.x + b * inputs, inputs, whole.data());
+        for (std::int64_t j = 0; j < inputs; ++j)
+            rounded[b * inputs + j] = static_cast<float>(whole[static_cast<std::size_t>(j)]) * width;
+    }
+    by_decoded_rows(p, rounded, threads);
 }
 
 void quantized_write(const QuantizedMatrix &m, float *out, int threads) {
     const QuantizedLeaf &leaf = quantized_leaf();
-    const std::int64_t bytes = row_bytes(m), groups = m.inputs / m.group;
-    share_rows(m.outputs, m.inputs * m.outputs, threads, [&](std::int64_t begin, std::int64_t end) {
-        thread_local std::vector<std::uint8_t> memory;
-        std::uint8_t *codes = at_least(memory, m.inputs + integer_padding);
-        for (std::int64_t row = begin; row < end; ++row) {
-            float *to = out + row * m.inputs;
-            leaf.unpack_row(m.codes + row * bytes, bytes, m.inputs, m.bits, codes);
-            if (m.codebook != nullptr) {
-                leaf.look_up(codes, m.inputs, m.bits, m.codebook + row * m.book_stride, to);
-                continue;
-            }
-            for (std::int64_t g = 0; g < groups; ++g) {
-                const float zero = m.zeros != nullptr ? m.zeros[row * groups + g] : 1 << (m.bits - 1);
-                leaf.levels(codes + g * m.group, m.group, zero, m.scales[row * groups + g], to + g * m.group);
-            }
-        }
+    const int parts = parts_of(m.inputs * m.outputs, threads);
+    const std::int64_t each = m.inputs + integer_padding;
+    std::uint8_t *codes = at_least(scratch().codes, parts * each);
+    share_rows(m.outputs, parts, [&](int part, std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row)
+            decode_row(m, leaf, row, codes + part * each, out + row * m.inputs);
     });
 }
 

@@ -24,14 +24,14 @@ struct QuantizedProduct {
     std::int64_t batch;
 };
 
-// Groups are whole rows or multiples of eight inputs; for others write the weights out.
+// Any group; the fast ones are whole rows and multiples of four inputs.
 //
 // All arrays contiguous and row-major, none overlapping what is written. Use up to `threads` threads where that
 // pays. Throw std::bad_alloc where scratch memory cannot be had.
 void quantized_float(const QuantizedProduct &product, int threads);
 void quantized_int8(const QuantizedProduct &product, int threads);
 
-// The weights: out (outputs, inputs). Any group.
+// The weights: out (outputs, inputs).
 void quantized_write(const QuantizedMatrix &matrix, float *out, int threads);
 
 }  // namespace weft

@@ -7,10 +7,13 @@
 
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
 
+using std::int8_t;
 using std::int32_t;
 using std::int64_t;
 using std::uint32_t;
@@ -59,13 +62,13 @@ inline __m512i load_bytes(const uint8_t *from, int64_t count) {
 // times as long as a plain one.
 template <int count>
 inline __m512i load_some(const uint8_t *from, int64_t available) {
-    if (available >= 64) return _mm512_loadu_si512(from);
+    // No wider than needed: what crosses into another line of the cache costs a second load.
     if constexpr (count <= 16)
         if (available >= 16) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
     if constexpr (count <= 32)
         if (available >= 32)
             return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
-    return load_bytes(from, available);
+    return load_bytes(from, available);  // a plain load where all 64 bytes are there
 }
 
 // Byte m of lane k is byte k * Bits + m + from of the block.
@@ -105,14 +108,6 @@ inline Words shifted(Words low, Words high) {
     return place<Bits>(I) == 0 ? from : _mm512_srli_epi32(from, place<Bits>(I));
 }
 
-template <int Bits>
-struct Number {
-    explicit Number(const float *) {}
-    Floats value(Words word) const {
-        return _mm512_cvtepi32_ps(_mm512_and_si512(word, _mm512_set1_epi32((1 << Bits) - 1)));
-    }
-};
-
 // A codebook: up to 64 values sit in registers, where a shuffle looks at the low bits of a word only.
 template <int Bits>
 struct Book {
@@ -140,8 +135,6 @@ struct Book {
         return _mm512_i32gather_ps(_mm512_and_si512(word, _mm512_set1_epi32((1 << Bits) - 1)), values, 4);
     }
 };
-// Levels of few bits are looked up like a codebook that starts at the middle.
-constexpr int table_bits = 4;
 
 #elif defined(__AVX2__)
 
@@ -222,14 +215,6 @@ inline Words shifted(Words low, Words high) {
 }
 
 template <int Bits>
-struct Number {
-    explicit Number(const float *) {}
-    Floats value(Words word) const {
-        return _mm256_cvtepi32_ps(_mm256_and_si256(word, _mm256_set1_epi32((1 << Bits) - 1)));
-    }
-};
-
-template <int Bits>
 struct Book {
     Floats table[2];
     const float *values;
@@ -252,7 +237,6 @@ struct Book {
         return _mm256_i32gather_ps(values, _mm256_and_si256(word, _mm256_set1_epi32((1 << Bits) - 1)), 4);
     }
 };
-constexpr int table_bits = 3;
 
 #else
 
@@ -321,17 +305,6 @@ inline Words shifted(Words low, Words high) {
 }
 
 template <int Bits>
-struct Number {
-    explicit Number(const float *) {}
-    Floats value(Words word) const {
-        Floats result;
-        for (int k = 0; k < lanes; ++k)
-            result.lane[k] = static_cast<float>(static_cast<int32_t>(word.lane[k] & ((1u << Bits) - 1u)));
-        return result;
-    }
-};
-
-template <int Bits>
 struct Book {
     const float *values;
     explicit Book(const float *from) : values(from) {}
@@ -341,29 +314,20 @@ struct Book {
         return result;
     }
 };
-constexpr int table_bits = 0;
 
 #endif
 
 constexpr int block = 8 * lanes;
 
 // ------------------------------------------------------------------------------------------------------------
-// Float vectors
+// Codebooks
 
-// The codes from the middle on: -2^(bits - 1) ... 2^(bits - 1) - 1, where they are looked up.
-struct Centred {
-    float values[16];
-    explicit Centred(int bits) {
-        for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(i - (1 << (bits - 1)));
-    }
-};
-
-template <int Bits, typename Decoder, int Batch, int Sums>
-inline void one_block(const Decoder &decoder, Words low, Words high, const float *x, int64_t x_stride,
+template <int Bits, int Batch, int Sums>
+inline void one_block(const Book<Bits> &book, Words low, Words high, const float *x, int64_t x_stride,
                       Floats (&sums)[Batch][Sums]) {
 #define WEFT_CODE(i)                                                                           \
     {                                                                                          \
-        const Floats value = decoder.value(shifted<Bits, i>(low, high));                       \
+        const Floats value = book.value(shifted<Bits, i>(low, high));                          \
         for (int b = 0; b < Batch; ++b)                                                        \
             sums[b][i % Sums] =                                                                \
                 multiply_add(value, load(x + b * x_stride + i * lanes), sums[b][i % Sums]);    \
@@ -373,136 +337,76 @@ inline void one_block(const Decoder &decoder, Words low, Words high, const float
 #undef WEFT_CODE
 }
 
-// What the products of the codes are too large by: the sum of scale * zero * (sum of x) over the groups.
-inline float surplus(const float *scales, const float *zeros, float middle, const float *of_groups, int64_t groups) {
-    Floats sums = zero();
-    int64_t g = 0;
-    for (; g + lanes <= groups; g += lanes) {
-        const Floats weighted = multiply(load(scales + g), load(of_groups + g));
-        sums = zeros != nullptr ? multiply_add(weighted, load(zeros + g), sums) : add(sums, weighted);
-    }
-    float result = g > 0 ? sum(sums) : 0.0f;
-    for (; g < groups; ++g) result += scales[g] * of_groups[g] * (zeros != nullptr ? zeros[g] : 1.0f);
-    return zeros != nullptr ? result : middle * result;
-}
-
-template <int Batch, int Sums>
-inline void clear(Floats (&sums)[Batch][Sums]) {
+// One row against Batch vectors.
+template <int Bits, int Batch>
+inline void codebook_row(const weft::CodebookRows &p, const Book<Bits> &book, int64_t row, int64_t input) {
+    // Eight sums in flight hide the latency of the multiply-add.
+    constexpr int sums_each = Batch == 1 ? 8 : 2;
+    Floats sums[Batch][sums_each];
     for (int b = 0; b < Batch; ++b)
-        for (int s = 0; s < Sums; ++s) sums[b][s] = zero();
-}
-
-template <int Sums>
-inline Floats total(const Floats (&sums)[Sums]) {
-    Floats result = sums[0];
-    for (int s = 1; s < Sums; ++s) result = add(result, sums[s]);
-    return result;
-}
-
-// One row against Batch vectors. `offset` is what the decoder's values lack: level = value - offset.
-template <int Bits, typename Decoder, int Batch>
-inline void float_row(const weft::FloatRows &p, const Decoder &decoder, int64_t row, int64_t input, float offset) {
+        for (int s = 0; s < sums_each; ++s) sums[b][s] = zero();
     const uint8_t *codes = p.codes + row * p.row_bytes;
     const float *x = p.x + input * p.x_stride;
     const int64_t blocks = (p.inputs + block - 1) / block;
     Words low, high = {};
-    float results[Batch];
-    if (p.groups <= 1) {
-        // Eight sums in flight hide the latency of the multiply-add.
-        constexpr int sums_each = Batch == 1 ? 8 : 2;
-        Floats sums[Batch][sums_each];
-        clear(sums);
-        for (int64_t i = 0; i < blocks; ++i) {
-            words<Bits>(codes + i * lanes * Bits, p.row_bytes - i * lanes * Bits, low, high);
-            one_block<Bits>(decoder, low, high, x + i * block, p.x_stride, sums);
-        }
-        for (int b = 0; b < Batch; ++b) results[b] = sum(total(sums[b]));
-        if (p.scales != nullptr) {
-            const float middle = p.zeros != nullptr ? p.zeros[row] : offset;
-            for (int b = 0; b < Batch; ++b)
-                results[b] = p.scales[row] * (results[b] - middle * p.sums[input + b]);
-        }
-    } else {
-        const float *scales = p.scales + row * p.groups;
-        Floats sums[Batch];
-        for (int b = 0; b < Batch; ++b) sums[b] = zero();
-        for (int64_t i = 0; i < blocks; ++i) {
-            Floats parts[Batch][2];
-            clear(parts);
-            words<Bits>(codes + i * lanes * Bits, p.row_bytes - i * lanes * Bits, low, high);
-            one_block<Bits>(decoder, low, high, x + i * block, p.x_stride, parts);
-            const Floats scale = choose(scales + p.first[i], p.groups - p.first[i], p.within + i * lanes);
-            for (int b = 0; b < Batch; ++b) sums[b] = multiply_add(scale, add(parts[b][0], parts[b][1]), sums[b]);
-        }
-        for (int b = 0; b < Batch; ++b) {
-            results[b] = sum(sums[b]);
-            if (p.zeros != nullptr || offset != 0.0f)
-                results[b] -= surplus(scales, p.zeros != nullptr ? p.zeros + row * p.groups : nullptr, offset,
-                                      p.sums + (input + b) * p.groups, p.groups);
-        }
+    for (int64_t i = 0; i < blocks; ++i) {
+        words<Bits>(codes + i * lanes * Bits, p.row_bytes - i * lanes * Bits, low, high);
+        one_block<Bits>(book, low, high, x + i * block, p.x_stride, sums);
     }
-    for (int b = 0; b < Batch; ++b)
-        p.out[(input + b) * p.outputs + row] = results[b] + (p.bias != nullptr ? p.bias[row] : 0.0f);
-}
-
-template <int Bits, typename Decoder>
-inline void all_vectors(const weft::FloatRows &p, const Decoder &decoder, int64_t row, float offset) {
-    int64_t input = 0;
-    for (; input + 4 <= p.batch; input += 4) float_row<Bits, Decoder, 4>(p, decoder, row, input, offset);
-    for (; input < p.batch; ++input) float_row<Bits, Decoder, 1>(p, decoder, row, input, offset);
+    for (int b = 0; b < Batch; ++b) {
+        Floats total = sums[b][0];
+        for (int s = 1; s < sums_each; ++s) total = add(total, sums[b][s]);
+        p.out[(input + b) * p.outputs + row] = sum(total) + (p.bias != nullptr ? p.bias[row] : 0.0f);
+    }
 }
 
 template <int Bits>
-inline void float_rows_of(const weft::FloatRows &p, int64_t begin, int64_t end) {
-    constexpr float middle = 1 << (Bits - 1);
-    if (p.codebook != nullptr) {
-        for (int64_t row = begin; row < end; ++row)
-            all_vectors<Bits>(p, Book<Bits>(p.codebook + row * p.book_stride), row, 0.0f);
-    } else if constexpr (Bits <= table_bits) {
-        const Centred levels(Bits);
-        // With `zeros` the codes themselves are looked up.
-        float plain[16];
-        for (int i = 0; i < 16; ++i) plain[i] = static_cast<float>(i);
-        const Book<Bits> book(p.zeros != nullptr ? plain : levels.values);
-        for (int64_t row = begin; row < end; ++row) all_vectors<Bits>(p, book, row, 0.0f);
-    } else {
-        for (int64_t row = begin; row < end; ++row) all_vectors<Bits>(p, Number<Bits>(nullptr), row, middle);
+void codebook_rows_of(const weft::CodebookRows &p, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        const Book<Bits> book(p.codebook + row * p.book_stride);
+        int64_t input = 0;
+        for (; input + 4 <= p.batch; input += 4) codebook_row<Bits, 4>(p, book, row, input);
+        for (; input < p.batch; ++input) codebook_row<Bits, 1>(p, book, row, input);
     }
 }
 
-void float_rows(const weft::FloatRows &p, int64_t begin, int64_t end) {
+void codebook_rows(const weft::CodebookRows &p, int64_t begin, int64_t end) {
     switch (p.bits) {
-        case 1: return float_rows_of<1>(p, begin, end);
-        case 2: return float_rows_of<2>(p, begin, end);
-        case 3: return float_rows_of<3>(p, begin, end);
-        case 4: return float_rows_of<4>(p, begin, end);
-        case 5: return float_rows_of<5>(p, begin, end);
-        case 6: return float_rows_of<6>(p, begin, end);
-        case 7: return float_rows_of<7>(p, begin, end);
-        default: return float_rows_of<8>(p, begin, end);
+        case 1: return codebook_rows_of<1>(p, begin, end);
+        case 2: return codebook_rows_of<2>(p, begin, end);
+        case 3: return codebook_rows_of<3>(p, begin, end);
+        case 4: return codebook_rows_of<4>(p, begin, end);
+        case 5: return codebook_rows_of<5>(p, begin, end);
+        case 6: return codebook_rows_of<6>(p, begin, end);
+        case 7: return codebook_rows_of<7>(p, begin, end);
+        default: return codebook_rows_of<8>(p, begin, end);
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------
-// Vectors of whole numbers. A step takes `step` codes to one register each of codes and numbers; a lane of the
-// 32-bit sums belongs to `step / lanes` neighbouring inputs.
+// Vectors of whole numbers. A step takes `step` codes to one register of bytes, in their order; a lane of the
+// 32-bit sums belongs to four neighbouring inputs. Where Careful, only `available` bytes may be read; else
+// `step` bytes may, whatever the number of bits.
 
 #if defined(__AVX512VNNI__)
 
 constexpr int step = 64;
-using Whole = std::int8_t;
+constexpr int rows_at_once = 4;
 using Codes = __m512i;
 using Sums = __m512i;
 
 inline Sums no_sums() { return _mm512_setzero_si512(); }
-template <int Bits>
+template <int Bits, bool Careful>
 inline Codes codes_at(const uint8_t *from, int64_t available) {
     if constexpr (Bits == 8) {
-        return load_bytes(from, available);
+        return Careful ? load_bytes(from, available) : _mm512_loadu_si512(from);
+    } else if constexpr (Bits == 4 && !Careful) {
+        const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
+        return _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(15));
     } else {
         // A group of eight codes moves to a word of 64 bits, whose bytes then take eight bits from any place.
-        const __m512i eights = _mm512_permutexvar_epi8(
-            _mm512_load_si512(spread<Bits>.eights), load_some<8 * Bits>(from, available));
+        const __m512i packed = load_some<8 * Bits>(from, Careful ? available : step);
+        const __m512i eights = _mm512_permutexvar_epi8(_mm512_load_si512(spread<Bits>.eights), packed);
         constexpr uint64_t places = 0ull | uint64_t{Bits} << 8 | uint64_t{2 * Bits} << 16 | uint64_t{3 * Bits} << 24 |
                                     uint64_t{4 * Bits} << 32 | uint64_t{5 * Bits} << 40 | uint64_t{6 * Bits} << 48 |
                                     uint64_t{7 * Bits} << 56;
@@ -511,219 +415,372 @@ inline Codes codes_at(const uint8_t *from, int64_t available) {
             _mm512_set1_epi8((1 << Bits) - 1));
     }
 }
-inline Codes numbers_at(const Whole *from) { return _mm512_loadu_si512(from); }
-inline Sums dot(Sums sums, Codes codes, Codes numbers) { return _mm512_dpbusd_epi32(sums, codes, numbers); }
+inline Codes numbers_at(const int8_t *from) { return _mm512_loadu_si512(from); }
+template <int Bits>
+inline Sums dot(Sums sums, Codes codes, Codes numbers) {
+    // Written out: compilers of 2022 move the sums to another register and back around the intrinsic.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(numbers));
+    return sums;
+}
+// What the codes in `dot` lack.
+template <int Bits>
+constexpr float centre = 0.0f;
 inline Floats to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
-inline Sums add_sums(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 inline Floats broadcast(float value) { return _mm512_set1_ps(value); }
 inline void store_codes(uint8_t *to, Codes codes) { _mm512_storeu_si512(to, codes); }
+inline void four_sums(const Floats (&of)[4], float *out) {
+    __m256 halves[4];
+    for (int i = 0; i < 4; ++i)
+        halves[i] = _mm256_add_ps(_mm512_castps512_ps256(of[i]), _mm512_extractf32x8_ps(of[i], 1));
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(halves[0], halves[1]), _mm256_hadd_ps(halves[2], halves[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+inline void fetch_ahead(const uint8_t *at) { _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T0); }
 
 #elif defined(__AVX2__)
 
-constexpr int step = 16;
-using Whole = std::int16_t;
+constexpr int step = 32;
+constexpr int rows_at_once = 2;
 using Codes = __m256i;
 using Sums = __m256i;
 
 inline Sums no_sums() { return _mm256_setzero_si256(); }
-template <int Bits>
-inline __m128i sixteen(const uint8_t *from, int64_t available) {
+// Eight bytes as one number: a copy of fewer bytes into it would wait for the store before it can be read.
+inline uint64_t eight_bytes(const uint8_t *from) {
+    uint64_t result;
+    std::memcpy(&result, from, 8);
+    return result;
+}
+template <int Bits, bool Careful>
+inline Codes codes_at(const uint8_t *from, int64_t available) {
+    uint8_t copy[32];
+    if (Careful && available < 32) {
+        std::memset(copy, 0, sizeof copy);
+        if (available > 0) std::memcpy(copy, from, static_cast<std::size_t>(available));
+        from = copy;
+    }
     if constexpr (Bits == 8) {
-        if (available >= 16) return load128(from);
-        uint8_t copy[16] = {};
-        std::memcpy(copy, from, static_cast<std::size_t>(available));
-        return load128(copy);
+        return load256(from);
+    } else if constexpr (Bits == 4) {
+        const __m256i wide = _mm256_cvtepu8_epi16(load128(from));
+        return _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(15));
+    } else if constexpr (Bits == 2) {
+        const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from)));
+        const __m256i fours = _mm256_or_si256(wide, _mm256_slli_epi32(wide, 12));
+        return _mm256_and_si256(_mm256_or_si256(fours, _mm256_slli_epi32(fours, 6)), _mm256_set1_epi8(3));
     } else {
         // Eight codes spread out to eight bytes at once.
         constexpr uint64_t mask = 0x0101010101010101ull * ((1u << Bits) - 1u);
-        uint64_t first = 0, second = 0;
-        if (available >= 2 * Bits) {
-            std::memcpy(&first, from, Bits);
-            std::memcpy(&second, from + Bits, Bits);
-        } else {
-            const int64_t in_first = available < Bits ? available : Bits;
-            std::memcpy(&first, from, static_cast<std::size_t>(in_first));
-            std::memcpy(&second, from + in_first, static_cast<std::size_t>(available - in_first));
-        }
-        return _mm_set_epi64x(static_cast<long long>(_pdep_u64(second, mask)),
-                              static_cast<long long>(_pdep_u64(first, mask)));
+        long long eights[4];
+        for (int i = 0; i < 4; ++i)
+            eights[i] = static_cast<long long>(_pdep_u64(eight_bytes(from + i * Bits), mask));
+        return _mm256_setr_epi64x(eights[0], eights[1], eights[2], eights[3]);
     }
 }
-template <int Bits>
-inline Codes codes_at(const uint8_t *from, int64_t available) {
-    return _mm256_cvtepu8_epi16(sixteen<Bits>(from, available));
-}
-inline Codes numbers_at(const Whole *from) {
+inline Codes numbers_at(const int8_t *from) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
 }
-// In 16 bits two products of 255 and 127 cannot be added; widened to 32 they can.
+// The instruction adds two products in 16 bits. Those of codes up to 127 fit; codes of eight bits are taken
+// from 128 and their signs given to the numbers.
+template <int Bits>
 inline Sums dot(Sums sums, Codes codes, Codes numbers) {
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(codes, numbers));
+    __m256i pairs;
+    if constexpr (Bits == 8) {
+        const __m256i centred = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+        pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(numbers, centred));
+    } else {
+        pairs = _mm256_maddubs_epi16(codes, numbers);
+    }
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+template <int Bits>
+constexpr float centre = Bits == 8 ? 128.0f : 0.0f;
 inline Floats to_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
-inline Sums add_sums(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
 inline Floats broadcast(float value) { return _mm256_set1_ps(value); }
+inline void store_codes(uint8_t *to, Codes codes) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), codes); }
+inline void four_sums(const Floats (&of)[4], float *out) {
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(of[0], of[1]), _mm256_hadd_ps(of[2], of[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+inline void fetch_ahead(const uint8_t *at) { _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T0); }
 
 #else
 
-constexpr int step = 8;
-using Whole = std::int16_t;
+constexpr int step = 32;
+constexpr int rows_at_once = 2;
 struct Codes {
-    std::int16_t lane[8];
+    uint8_t lane[step];
+};
+struct Numbers {
+    int8_t lane[step];
 };
 struct Sums {
-    int32_t lane[8];
+    int32_t lane[lanes];
 };
 
 inline Sums no_sums() { return {}; }
-template <int Bits>
-inline uint64_t eight(const uint8_t *from, int64_t available) {
-    uint64_t word = 0;
-    const int count = available < Bits ? static_cast<int>(available) : Bits;
-    for (int m = 0; m < count; ++m) word |= static_cast<uint64_t>(from[m]) << (8 * m);
-    return word;
-}
-template <int Bits>
+template <int Bits, bool Careful>
 inline Codes codes_at(const uint8_t *from, int64_t available) {
-    const uint64_t word = eight<Bits>(from, available);
     Codes result;
-    for (int k = 0; k < 8; ++k)
-        result.lane[k] = static_cast<std::int16_t>((word >> (k * Bits)) & ((1u << Bits) - 1u));
+    for (int k = 0; k < step; k += 8, from += Bits, available -= Bits) {
+        uint64_t word = 0;
+        const int64_t count = Careful && available < Bits ? available : Bits;
+        for (int m = 0; m < count; ++m) word |= static_cast<uint64_t>(from[m]) << (8 * m);
+        for (int i = 0; i < 8; ++i)
+            result.lane[k + i] = static_cast<uint8_t>((word >> (i * Bits)) & ((1u << Bits) - 1u));
+    }
     return result;
 }
-inline Codes numbers_at(const Whole *from) {
-    Codes result;
-    for (int k = 0; k < 8; ++k) result.lane[k] = from[k];
+inline Numbers numbers_at(const int8_t *from) {
+    Numbers result;
+    std::memcpy(result.lane, from, step);
     return result;
 }
-inline Sums dot(Sums sums, Codes codes, Codes numbers) {
-    for (int k = 0; k < 8; ++k) sums.lane[k] += static_cast<int32_t>(codes.lane[k]) * numbers.lane[k];
+
+#if defined(__ARM_NEON) && defined(__aarch64__)
+
+// Two products of 128 * 127 fit 16 bits; codes of eight bits are taken from 128.
+template <int Bits>
+inline Sums dot(Sums sums, Codes codes, Numbers numbers) {
+    for (int k = 0; k < step; k += 16) {
+        uint8x16_t bytes = vld1q_u8(codes.lane + k);
+        if (Bits == 8) bytes = veorq_u8(bytes, vdupq_n_u8(128));
+        const int8x16_t centred = vreinterpretq_s8_u8(bytes), values = vld1q_s8(numbers.lane + k);
+        // Every result belongs to eight neighbouring inputs, its pair of products to four of them.
+        const int16x8_t low = vmull_s8(vget_low_s8(centred), vget_low_s8(values));
+        const int16x8_t high = vmull_s8(vget_high_s8(centred), vget_high_s8(values));
+        int32_t *to = sums.lane + k / 4;
+        vst1q_s32(to, vaddq_s32(vld1q_s32(to), vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high))));
+    }
     return sums;
 }
+template <int Bits>
+constexpr float centre = Bits == 8 ? 128.0f : 0.0f;
+
+#else
+
+template <int Bits>
+inline Sums dot(Sums sums, Codes codes, Numbers numbers) {
+    for (int k = 0; k < step; ++k)
+        sums.lane[k / 4] += static_cast<int32_t>(codes.lane[k]) * static_cast<int32_t>(numbers.lane[k]);
+    return sums;
+}
+template <int Bits>
+constexpr float centre = 0.0f;
+
+#endif
+
 inline Floats to_floats(Sums sums) {
     Floats result;
     for (int k = 0; k < lanes; ++k) result.lane[k] = static_cast<float>(sums.lane[k]);
     return result;
-}
-inline Sums add_sums(Sums a, Sums b) {
-    for (int k = 0; k < 8; ++k) a.lane[k] += b.lane[k];
-    return a;
 }
 inline Floats broadcast(float value) {
     Floats result;
     for (int k = 0; k < lanes; ++k) result.lane[k] = value;
     return result;
 }
+inline void store_codes(uint8_t *to, Codes codes) { std::memcpy(to, codes.lane, step); }
+inline void four_sums(const Floats (&of)[4], float *out) {
+    for (int i = 0; i < 4; ++i) out[i] = sum(of[i]);
+}
+inline void fetch_ahead(const uint8_t *) {}
 
 #endif
 
-// 255 * 127 * 65536 is the last such product of a power of two below 2^31: no sum of one lane may take more.
-constexpr int64_t longest_run = 65536 / step;
+// One lane adds up four products of at most 255 * 127 per step: 2^14 steps stay below 2^31.
+constexpr int64_t longest_run = 1 << 14;
 
-template <int Bits, int Rows, int Batch>
-inline void integer_tile(const weft::IntegerRows &p, int64_t row, int64_t input) {
+// What the products of the codes of one row are too large by: the sum of scale * zero * (sum of x) over the groups.
+template <int Bits>
+inline float surplus(const weft::IntegerRows &p, int64_t row, const float *sums) {
+    constexpr float middle = 1 << (Bits - 1);
+    const float *scales = p.scales + row * p.groups;
+    const float *zeros = p.zeros != nullptr ? p.zeros + row * p.groups : nullptr;
+    Floats totals = zero();
+    int64_t g = 0;
+    for (; g + lanes <= p.groups; g += lanes) {
+        Floats excess = broadcast((zeros != nullptr ? 0.0f : middle) - centre<Bits>);
+        if (zeros != nullptr) excess = add(excess, load(zeros + g));
+        totals = multiply_add(multiply(load(scales + g), load(sums + g)), excess, totals);
+    }
+    float result = g > 0 ? sum(totals) : 0.0f;
+    for (; g < p.groups; ++g)
+        result += scales[g] * sums[g] * ((zeros != nullptr ? zeros[g] : middle) - centre<Bits>);
+    return result;
+}
+
+// What a tile of Rows rows of codes and Vectors vectors of whole numbers reads.
+template <int Rows, int Vectors>
+struct Tile {
+    const uint8_t *codes[Rows];
+    const int8_t *x[Vectors];
+    const uint8_t *codes_end;
+    int64_t ahead;  // from a row's codes to those that are wanted next
+};
+
+template <int Rows, int Vectors>
+using Results = Floats[Rows][Vectors];
+
+// The products of steps [begin, end), as many as 32 bits hold.
+template <int Bits, bool Careful, int Rows, int Vectors>
+inline void add_steps(const Tile<Rows, Vectors> &tile, int64_t begin, int64_t end, Sums (&sums)[Rows][Vectors]) {
     constexpr int step_bytes = step / 8 * Bits;
-    const uint8_t *codes = p.codes + row * p.row_bytes;
-    const Whole *x = static_cast<const Whole *>(p.x) + input * p.x_stride;
-    const int64_t steps = (p.inputs + step - 1) / step;
-    const bool lanes_differ = p.groups > 1 && p.group % step != 0;
-    const int64_t steps_each = p.groups <= 1 ? steps : p.group / step;
-    const int64_t run = steps_each < longest_run ? steps_each : longest_run;
-
-    Floats results[Rows][Batch];
-    for (int r = 0; r < Rows; ++r)
-        for (int b = 0; b < Batch; ++b) results[r][b] = zero();
-
-    // Groups that share a register: every step is scaled lane by lane.
-    for (int64_t s = 0; lanes_differ && s < steps; ++s) {
+    for (int64_t at = begin * step_bytes, k = begin * step; k < end * step; at += step_bytes, k += step) {
         Codes of_rows[Rows];
-        Floats scale[Rows];
         for (int r = 0; r < Rows; ++r) {
-            of_rows[r] =
-                codes_at<Bits>(codes + r * p.row_bytes + s * step_bytes, p.row_bytes - s * step_bytes);
-            scale[r] = choose(p.scales + (row + r) * p.groups + p.first[s], p.groups - p.first[s],
-                              p.within + s * lanes);
+            const uint8_t *from = tile.codes[r] + at;
+            of_rows[r] = codes_at<Bits, Careful>(from, Careful ? tile.codes_end - from : 0);
+            // A few vectors read every code once: the next rows' are fetched while these are computed.
+            if (Vectors <= 3 && !Careful) fetch_ahead(from + tile.ahead);
         }
-        for (int b = 0; b < Batch; ++b) {
-            const Codes numbers = numbers_at(x + b * p.x_stride + s * step);
-            for (int r = 0; r < Rows; ++r)
-                results[r][b] =
-                    multiply_add(scale[r], to_floats(dot(no_sums(), of_rows[r], numbers)), results[r][b]);
+        for (int v = 0; v < Vectors; ++v) {
+            const auto numbers = numbers_at(tile.x[v] + k);
+            for (int r = 0; r < Rows; ++r) sums[r][v] = dot<Bits>(sums[r][v], of_rows[r], numbers);
         }
     }
+}
 
-    int64_t group_end = 0;
-    for (int64_t begin = lanes_differ ? steps : 0; begin < steps;) {
-        if (begin == group_end) {
-            group_end += p.groups <= 1 ? steps : steps_each;
-            if (group_end > steps) group_end = steps;
-        }
-        // A run neither crosses the end of a group nor grows beyond what 32 bits hold.
-        int64_t end = begin + run;
-        if (end > group_end) end = group_end;
-
-        Sums sums[Rows][Batch];
-        for (int r = 0; r < Rows; ++r)
-            for (int b = 0; b < Batch; ++b) sums[r][b] = no_sums();
-        for (int64_t s = begin; s < end; ++s) {
-            const int64_t left = p.row_bytes - s * step_bytes;
-            Codes of_rows[Rows];
+// Groups of whole steps. The scale of whole rows, the usual case, is left to the end.
+template <int Bits, bool Careful, int Rows, int Vectors>
+inline void whole_steps(const weft::IntegerRows &p, const Tile<Rows, Vectors> &tile, const float *scales,
+                        Results<Rows, Vectors> &results) {
+    const int64_t steps = (p.inputs + step - 1) / step, steps_each = p.groups <= 1 ? steps : p.group / step;
+    for (int64_t g = 0; g < p.groups; ++g) {
+        const int64_t group_end = (g + 1) * steps_each;
+        for (int64_t begin = g * steps_each; begin < group_end; begin += longest_run) {
+            Sums sums[Rows][Vectors];
             for (int r = 0; r < Rows; ++r)
-                of_rows[r] = codes_at<Bits>(codes + r * p.row_bytes + s * step_bytes, left);
-            for (int b = 0; b < Batch; ++b) {
-                const Codes numbers = numbers_at(x + b * p.x_stride + s * step);
-                for (int r = 0; r < Rows; ++r) sums[r][b] = dot(sums[r][b], of_rows[r], numbers);
+                for (int v = 0; v < Vectors; ++v) sums[r][v] = no_sums();
+            add_steps<Bits, Careful>(tile, begin, begin + longest_run < group_end ? begin + longest_run : group_end,
+                                     sums);
+            for (int r = 0; r < Rows; ++r) {
+                const Floats scale = broadcast(p.groups <= 1 ? 1.0f : scales[r * p.groups + g]);
+                for (int v = 0; v < Vectors; ++v)
+                    results[r][v] = multiply_add(scale, to_floats(sums[r][v]), results[r][v]);
             }
         }
+    }
+}
 
+// Groups that share a register: every step is scaled lane by lane. Where the groups are no multiples of four, a
+// lane's inputs may belong to two of them, and the second one's stand in vectors of their own.
+template <int Bits, bool Careful, int Rows, int Vectors>
+inline void shared_steps(const weft::IntegerRows &p, const Tile<Rows, Vectors> &tile, const float *scales,
+                         const int32_t *within, int64_t beyond, Results<Rows, Vectors> &results) {
+    constexpr int step_bytes = step / 8 * Bits;
+    const int64_t steps = (p.inputs + step - 1) / step;
+    for (int64_t s = 0; s < steps; ++s)
         for (int r = 0; r < Rows; ++r) {
-            const float *scales = p.scales + (row + r) * p.groups;
-            const Floats scale = broadcast(scales[p.groups <= 1 ? 0 : p.first[begin]]);
-            for (int b = 0; b < Batch; ++b)
-                results[r][b] = multiply_add(scale, to_floats(sums[r][b]), results[r][b]);
+            const uint8_t *from = tile.codes[r] + s * step_bytes;
+            const Codes codes = codes_at<Bits, Careful>(from, Careful ? tile.codes_end - from : 0);
+            const Floats scale =
+                choose(scales + r * p.groups + p.first[s], p.groups - p.first[s], within + s * lanes);
+            for (int v = 0; v < Vectors; ++v) {
+                const Sums sums = dot<Bits>(no_sums(), codes, numbers_at(tile.x[v] + beyond + s * step));
+                results[r][v] = multiply_add(scale, to_floats(sums), results[r][v]);
+            }
         }
-        begin = end;
+}
+
+// Rows of codes against the vectors of whole numbers that Batch inputs were made into, Digits for each.
+template <int Bits, int Rows, int Batch, int Digits, bool Careful>
+inline void integer_tile(const weft::IntegerRows &p, int64_t row, int64_t input) {
+    constexpr int vectors = Batch * Digits;
+    Tile<Rows, vectors> tile;
+    for (int r = 0; r < Rows; ++r) tile.codes[r] = p.codes + (row + r) * p.row_bytes;
+    for (int v = 0; v < vectors; ++v) tile.x[v] = p.x + (input * Digits + v) * p.x_stride;
+    tile.codes_end = p.codes_end;
+    tile.ahead = Rows * p.row_bytes;
+    const float *scales = p.scales + row * p.groups;
+
+    Results<Rows, vectors> results;
+    for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < vectors; ++v) results[r][v] = zero();
+    if (p.groups <= 1 || p.group % step == 0) {
+        whole_steps<Bits, Careful>(p, tile, scales, results);
+    } else {
+        shared_steps<Bits, Careful>(p, tile, scales, p.within, 0, results);
+        if (p.second != 0)
+            shared_steps<Bits, Careful>(p, tile, scales, p.within_second, p.second, results);
     }
 
-    constexpr float middle = 1 << (Bits - 1);
-    for (int r = 0; r < Rows; ++r) {
-        const float *scales = p.scales + (row + r) * p.groups;
-        const float *zeros = p.zeros != nullptr ? p.zeros + (row + r) * p.groups : nullptr;
-        for (int b = 0; b < Batch; ++b) {
-            const float excess = surplus(scales, zeros, middle, p.sums + (input + b) * p.groups, p.groups);
-            p.out[(input + b) * p.outputs + row + r] =
-                p.widths[input + b] * (sum(results[r][b]) - excess) + (p.bias != nullptr ? p.bias[row + r] : 0.0f);
+    for (int b = 0; b < Batch; ++b) {
+        const float *widths = p.widths + (input + b) * Digits;
+        Floats lanes_of[(Rows + 3) / 4][4] = {};
+        for (int r = 0; r < Rows; ++r) {
+            Floats &total = lanes_of[r / 4][r % 4];
+            total = results[r][b * Digits];
+            if (Digits > 1) total = multiply(broadcast(widths[0]), total);
+            for (int d = 1; d < Digits; ++d)
+                total = multiply_add(broadcast(widths[d]), results[r][b * Digits + d], total);
         }
+        float totals[(Rows + 3) / 4 * 4];
+        if constexpr (Rows == 1) totals[0] = sum(lanes_of[0][0]);
+        else
+            for (int r = 0; r < Rows; r += 4) four_sums(lanes_of[r / 4], totals + r);
+        float *out = p.out + (input + b) * p.outputs + row;
+        const float *x_sums = p.sums + (input + b) * p.groups;
+        if (p.groups <= 1) {
+            constexpr float middle = 1 << (Bits - 1);
+            for (int r = 0; r < Rows; ++r) {
+                const float zero_code = (p.zeros != nullptr ? p.zeros[row + r] : middle) - centre<Bits>;
+                totals[r] = scales[r] * (totals[r] - zero_code * x_sums[0]);
+            }
+        } else {
+            for (int r = 0; r < Rows; ++r) totals[r] -= surplus<Bits>(p, row + r, x_sums);
+        }
+        // With one digit both terms of each difference are whole numbers times the scale: what stays is exact.
+        const float unit = Digits > 1 ? 1.0f : widths[0];
+        for (int r = 0; r < Rows; ++r)
+            out[r] = unit * totals[r] + (p.bias != nullptr ? p.bias[row + r] : 0.0f);
     }
 }
 
-template <int Bits, int Rows>
-inline void all_numbers(const weft::IntegerRows &p, int64_t row) {
+template <int Bits, int Rows, int Digits, bool Careful>
+inline void all_inputs(const weft::IntegerRows &p, int64_t row) {
+    constexpr int most = Rows > rows_at_once ? 1 : Digits == 1 ? 4 : 2;
     int64_t input = 0;
-    for (; input + 4 <= p.batch; input += 4) integer_tile<Bits, Rows, 4>(p, row, input);
-    for (; input < p.batch; ++input) integer_tile<Bits, Rows, 1>(p, row, input);
+    if constexpr (most > 1)
+        for (; input + most <= p.batch; input += most) integer_tile<Bits, Rows, most, Digits, Careful>(p, row, input);
+    for (; input < p.batch; ++input) integer_tile<Bits, Rows, 1, Digits, Careful>(p, row, input);
 }
 
-template <int Bits>
+// As many rows as [row, end) holds, Rows at a time; returns where it stopped.
+template <int Bits, int Rows, int Digits>
+inline int64_t several_rows(const weft::IntegerRows &p, int64_t row, int64_t end) {
+    // The last step of a row reads beyond it, but not beyond all codes.
+    for (; row + Rows <= end && p.codes_end - (p.codes + (row + Rows) * p.row_bytes) >= step; row += Rows)
+        all_inputs<Bits, Rows, Digits, false>(p, row);
+    return row;
+}
+
+template <int Bits, int Digits>
 inline void integer_rows_of(const weft::IntegerRows &p, int64_t begin, int64_t end) {
     int64_t row = begin;
-    // One vector: one row after the other reads the codes in one stream, which the memory likes best.
-    if (p.batch > 1)
-        for (; row + 4 <= end; row += 4) all_numbers<Bits, 4>(p, row);
-    for (; row < end; ++row) all_numbers<Bits, 1>(p, row);
+    // One vector has one sum per row: more rows hide the latency of the products.
+    if (rows_at_once < 4 && Digits == 1 && p.batch == 1) row = several_rows<Bits, 4, Digits>(p, row, end);
+    row = several_rows<Bits, rows_at_once, Digits>(p, row, end);
+    for (; row < end; ++row) all_inputs<Bits, 1, Digits, true>(p, row);
+}
+
+template <int Digits>
+inline void integer_rows_with(const weft::IntegerRows &p, int64_t begin, int64_t end) {
+    switch (p.bits) {
+        case 1: return integer_rows_of<1, Digits>(p, begin, end);
+        case 2: return integer_rows_of<2, Digits>(p, begin, end);
+        case 3: return integer_rows_of<3, Digits>(p, begin, end);
+        case 4: return integer_rows_of<4, Digits>(p, begin, end);
+        case 5: return integer_rows_of<5, Digits>(p, begin, end);
+        case 6: return integer_rows_of<6, Digits>(p, begin, end);
+        case 7: return integer_rows_of<7, Digits>(p, begin, end);
+        default: return integer_rows_of<8, Digits>(p, begin, end);
+    }
 }
 
 void integer_rows(const weft::IntegerRows &p, int64_t begin, int64_t end) {
-    switch (p.bits) {
-        case 1: return integer_rows_of<1>(p, begin, end);
-        case 2: return integer_rows_of<2>(p, begin, end);
-        case 3: return integer_rows_of<3>(p, begin, end);
-        case 4: return integer_rows_of<4>(p, begin, end);
-        case 5: return integer_rows_of<5>(p, begin, end);
-        case 6: return integer_rows_of<6>(p, begin, end);
-        case 7: return integer_rows_of<7>(p, begin, end);
-        default: return integer_rows_of<8>(p, begin, end);
-    }
+    if (p.digits == 1) integer_rows_with<1>(p, begin, end);
+    else integer_rows_with<weft::float_digits>(p, begin, end);
 }
 
 // ------------------------------------------------------------------------------------------------------------
@@ -732,18 +789,8 @@ void integer_rows(const weft::IntegerRows &p, int64_t begin, int64_t end) {
 template <int Bits>
 void unpack_row_of(const uint8_t *row, int64_t row_bytes, int64_t inputs, uint8_t *out) {
     constexpr int step_bytes = step / 8 * Bits;
-    for (int64_t j = 0, at = 0; j < inputs; j += step, at += step_bytes) {
-#if defined(__AVX512VNNI__)
-        store_codes(out + j, codes_at<Bits>(row + at, row_bytes - at));
-#elif defined(__AVX2__)
-        const int64_t left = row_bytes - at;
-        _mm_storeu_si128(reinterpret_cast<__m128i *>(out + j),
-                         sixteen<Bits>(row + at, left < step_bytes ? left : step_bytes));
-#else
-        const uint64_t word = eight<Bits>(row + at, row_bytes - at);
-        for (int k = 0; k < 8; ++k) out[j + k] = static_cast<uint8_t>((word >> (k * Bits)) & ((1u << Bits) - 1u));
-#endif
-    }
+    for (int64_t j = 0, at = 0; j < inputs; j += step, at += step_bytes)
+        store_codes(out + j, codes_at<Bits, true>(row + at, row_bytes - at));
 }
 
 void unpack_row(const uint8_t *row, int64_t row_bytes, int64_t inputs, int bits, uint8_t *out) {
@@ -796,7 +843,8 @@ void levels(const uint8_t *codes, int64_t count, float zero_code, float scale, f
 // Adding and taking away 1.5 * 2^23 rounds to a whole number, halves to the even one, as torch.round does.
 constexpr float round_here = 12582912.0f;
 
-float round_vector(const float *x, int64_t inputs, void *out) {
+// The largest absolute value; NaN where there is a NaN, else infinity where there is one.
+float largest_of(const float *x, int64_t inputs) {
     // As whole numbers the bit patterns of absolute values have the same order, with NaN above infinity.
     uint32_t largest = 0;
     for (int64_t j = 0; j < inputs; ++j) {
@@ -807,9 +855,15 @@ float round_vector(const float *x, int64_t inputs, void *out) {
     }
     float most;
     std::memcpy(&most, &largest, 4);
-    Whole *whole = static_cast<Whole *>(out);
-    if (largest >= 0x7F800000u) {
-        std::memset(whole, 0, static_cast<std::size_t>(inputs) * sizeof(Whole));
+    return most;
+}
+
+constexpr float largest_float = 3.402823466e38f;
+
+float round_vector(const float *x, int64_t inputs, int8_t *out) {
+    float most = largest_of(x, inputs);
+    if (!(most <= largest_float)) {
+        std::memset(out, 0, static_cast<std::size_t>(inputs));
         const uint32_t not_a_number = 0x7FC00000u;
         std::memcpy(&most, &not_a_number, 4);
         return most;
@@ -820,9 +874,58 @@ float round_vector(const float *x, int64_t inputs, void *out) {
         // Two statements: no compiler may fuse the product with the sum.
         const float scaled = x[j] * inverse;
         const float shifted_up = scaled + round_here;
-        whole[j] = static_cast<Whole>(static_cast<int32_t>(shifted_up - round_here));
+        out[j] = static_cast<int8_t>(static_cast<int32_t>(shifted_up - round_here));
     }
     return most / 127.0f;
+}
+
+bool split_vector(const float *x, int64_t inputs, int8_t *out, int64_t stride, float *widths) {
+    const float most = largest_of(x, inputs);
+    float lanes_of[16] = {};
+    int64_t j = 0;
+    for (; j + 16 <= inputs; j += 16)
+        for (int k = 0; k < 16; ++k) lanes_of[k] += x[j + k] < 0.0f ? -x[j + k] : x[j + k];
+    float total = 0.0f;
+    for (; j < inputs; ++j) total += x[j] < 0.0f ? -x[j] : x[j];
+    for (int k = 0; k < 16; ++k) total += lanes_of[k];
+    // Also false for what is not finite.
+    if (!(most >= weft::smallest_activation &&
+          most / weft::largest_outlier * static_cast<float>(inputs) <= total && total <= largest_float))
+        return false;
+    const float inverse = 127.0f / most;
+    int8_t *second = out + stride, *third = second + stride;
+    for (j = 0; j < inputs; ++j) {
+        const float scaled = x[j] * inverse;
+        const float first_up = scaled + round_here;
+        const float first = first_up - round_here;
+        // Exact: the difference has no more digits than what it is taken from.
+        const float rest = (scaled - first) * weft::digit_base;
+        const float second_up = rest + round_here;
+        const float middle = second_up - round_here;
+        const float last = (rest - middle) * weft::digit_base;
+        const float third_up = last + round_here;
+        out[j] = static_cast<int8_t>(static_cast<int32_t>(first));
+        second[j] = static_cast<int8_t>(static_cast<int32_t>(middle));
+        third[j] = static_cast<int8_t>(static_cast<int32_t>(third_up - round_here));
+    }
+    widths[0] = most / 127.0f;
+    widths[1] = widths[0] / weft::digit_base;
+    widths[2] = widths[1] / weft::digit_base;
+    return true;
+}
+
+void add_group_sums(const int8_t *x, int64_t groups, int64_t group, float width, float *sums) {
+    constexpr int64_t most = 1 << 24;  // numbers up to 127 that 32 bits add up
+    for (int64_t g = 0; g < groups; ++g) {
+        int64_t total = 0;
+        for (int64_t begin = 0; begin < group; begin += most) {
+            const int64_t end = begin + most < group ? begin + most : group;
+            int32_t part = 0;
+            for (int64_t j = begin; j < end; ++j) part += x[g * group + j];
+            total += part;
+        }
+        sums[g] += width * static_cast<float>(total);
+    }
 }
 
 }  // namespace
@@ -830,7 +933,7 @@ float round_vector(const float *x, int64_t inputs, void *out) {
 namespace weft::WEFT_VARIANT {
 
 extern const QuantizedLeaf quantized_leaf;
-const QuantizedLeaf quantized_leaf = {lanes, sizeof(Whole), step, float_rows, integer_rows, unpack_row,
-                                      look_up, levels,        round_vector};
+const QuantizedLeaf quantized_leaf = {lanes,   step,   codebook_rows, integer_rows, unpack_row,
+                                      look_up, levels, round_vector,  split_vector, add_group_sums};
 
 }  // namespace weft::WEFT_VARIANT

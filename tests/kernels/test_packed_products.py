@@ -315,7 +315,7 @@ def copy_of_the_kernels(request):
 
 
 # Outputs, inputs, group: single codes, rows that end inside a byte, a step, a block; groups below, between
-# and above the registers' widths, and one that no kernel takes.
+# and above the registers' widths, and such as lanes and registers do not divide into.
 SHAPES = [
     (1, 1, 1),
     (5, 7, 7),
@@ -328,6 +328,14 @@ SHAPES = [
     (9, 1280, 64),
     (3, 1024, 256),
     (6, 36, 12),
+    (5, 96, 4),
+    (6, 35, 5),
+    (9, 130, 10),
+    (7, 1000, 125),
+    (6, 333, 37),
+    (3, 30, 3),
+    (3, 30, 2),
+    (3, 9, 1),
 ]
 VECTORS = [(1,), (2, 3)]
 
@@ -345,6 +353,22 @@ def test_every_copy_equals_the_dense_product(copy_of_the_kernels, shape, bits):
         for per_row in (False, True):
             arguments, weight = with_codebook(batch, outputs, inputs, bits, per_row=per_row)
             assert_close(codebook_apply(*arguments), arguments[0], weight, arguments[-1])
+
+
+def test_small_entries_beside_a_large_one_keep_their_digits(copy_of_the_kernels):
+    """Float vectors become whole numbers only where nothing is lost that a float product would keep."""
+    for bits in (2, 4, 8):
+        (x, *rest), weight = uniform((4,), 9, 640, bits, bias=False)
+        x[0, 5] = 1e6
+        x[1, 5] = 300.0
+        x[2] *= 1e-36
+        x[3] = 0.0
+        weight[:, 5] = 0.0
+        codes = unpack(rest[0], bits, 640)
+        codes[:, 5] = 1 << (bits - 1)  # stands for zero: all of the result comes from the small entries
+        y = quantized_apply(x, pack(codes, bits), *rest[1:])
+        assert_close(y, x, weight, None)
+        assert not y[3].any()
 
 
 def test_large_batches_equal_the_dense_product(copy_of_the_kernels):
@@ -424,10 +448,7 @@ def test_nothing_is_read_beyond_the_codes_nor_written_beyond_the_output(
             assert y.data_ptr() == marked[32:].data_ptr()
             assert (marked[:32] == 7).all()
             assert (marked[-32:] == 7).all()
-            expected = quantized.reference(
-                x, codes, scales, None, bits, group, inputs, bias, "int8" if int8 else "float"
-            )
-            torch.testing.assert_close(marked[32:-32].view(2, 6), expected, rtol=1e-5, atol=1e-4)
+            assert_close(marked[32:-32].view(2, 6), rounded(x) if int8 else x, weight, bias)
         written = torch.full((6 * inputs + 64,), 7.0)
         dispatch.native.quantized_write(
             at_the_end.data_ptr(),
