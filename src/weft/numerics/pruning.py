@@ -51,6 +51,19 @@ class Grid:
     rows: int
     columns: int
 
+    def blocks(self, energy: Tensor) -> Tensor:
+        """What every block weighs.
+
+        Args:
+            energy: what every entry weighs, at least 0, shape (outputs, inputs).
+
+        Returns:
+            Shape (outputs / rows, inputs / columns).
+        """
+        return energy.reshape(
+            energy.shape[0] // self.rows, self.rows, energy.shape[1] // self.columns, self.columns
+        ).sum((1, 3))
+
     def keep(self, energy: Tensor, count: int) -> Tensor:
         """Keeps the blocks that weigh most.
 
@@ -61,9 +74,7 @@ class Grid:
         Returns:
             A mask of blocks, shape (outputs / rows, inputs / columns).
         """
-        blocks = energy.reshape(
-            energy.shape[0] // self.rows, self.rows, energy.shape[1] // self.columns, self.columns
-        ).sum((1, 3))
+        blocks = self.blocks(energy)
         chosen = torch.topk(blocks.flatten(), count, sorted=False).indices
         mask = torch.zeros(blocks.numel(), dtype=torch.bool, device=energy.device)
         mask[chosen] = True

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 from weft import checks
 from weft.structures.base import Cost
@@ -110,23 +111,97 @@ class Budget:
             text: "name=value" pairs separated by commas, such as "bytes=0.1,parameters=200000".
 
         Returns:
-            The budget.
+            The budget; an unknown name, or one given twice, or a value that is no number, is a ValueError.
+        """
+        return cls(**_named_numbers("budget", text, cls, "write e.g. --budget bytes=0.25"))
+
+
+@dataclass(frozen=True)
+class Price:
+    """What cost is worth: how much loss may rise for every parameter, byte or multiply-add that is saved.
+
+    Args:
+        parameters: per real coefficient.
+        bytes: per byte of the stored tensors.
+        multiply_adds: per multiply-add and sample; needs a survey with batches.
+
+    Raises:
+        ValueError: there is no price, or one is negative or not finite.
+
+    Examples:
+        >>> Price(parameters=1e-6).of(Cost(parameters=1000, bytes=4000))
+        0.001
+    """
+
+    parameters: float = 0.0
+    bytes: float = 0.0
+    multiply_adds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, price in self.given().items():
+            checks.positive(f"price {name}", price)
+        if not self.given():
+            remedy = "e.g. Price(parameters=1e-6)"
+            raise ValueError(checks.fault("price", "above 0 for some cost", "none", remedy))
+
+    def given(self) -> dict[str, float]:
+        """The prices that are set.
+
+        Returns:
+            Price by name of a `Cost` field.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: price for name, price in values.items() if price != 0}
+
+    def of(self, cost: Cost) -> float:
+        """The price of a cost.
+
+        Args:
+            cost: any.
+
+        Returns:
+            λ C.
+        """
+        return sum(price * getattr(cost, name) for name, price in self.given().items())
+
+    def check(self, dense: Cost) -> None:
+        """Checks that what has a price was measured.
+
+        Args:
+            dense: the dense network's cost.
 
         Raises:
-            ValueError: a name is unknown or given twice, or a value is no number.
+            ValueError: there is a price on multiply-adds, but the network was not run.
         """
-        known = [field.name for field in fields(cls)]
-        values: dict[str, float | int] = {}
-        for part in filter(None, (piece.strip() for piece in text.split(","))):
-            name, _, value = (piece.strip() for piece in part.partition("="))
-            if name not in known:
-                remedy = "write e.g. --budget bytes=0.25"
-                raise ValueError(checks.fault("budget", f"one of {', '.join(known)}", repr(name), remedy))
-            if name in values:
-                raise ValueError(checks.fault(f"budget {name}", "given once", "twice", "keep one of the two"))
-            try:
-                values[name] = int(value) if value.isdecimal() else float(value)
-            except ValueError:
-                remedy = "write e.g. --budget bytes=0.25"
-                raise ValueError(checks.fault(f"budget {name}", "a number", repr(value), remedy)) from None
-        return cls(**values)
+        for name in self.given():
+            if not getattr(dense, name):
+                remedy = "survey with batches, so that the network is run"
+                raise ValueError(checks.fault(f"price {name}", "measurable", "a survey without data", remedy))
+
+    @classmethod
+    def parse(cls, text: str) -> "Price":
+        """Reads a price as the command line writes it.
+
+        Args:
+            text: "name=value" pairs separated by commas, such as "parameters=1e-6".
+
+        Returns:
+            The price; an unknown name, or one given twice, or a value that is no number, is a ValueError.
+        """
+        return cls(**_named_numbers("price", text, cls, "write e.g. --price parameters=1e-6"))
+
+
+def _named_numbers(argument: str, text: str, kind: type[Budget | Price], remedy: str) -> dict[str, Any]:
+    known = [field.name for field in fields(kind)]
+    values: dict[str, float | int] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in known:
+            raise ValueError(checks.fault(argument, f"one of {', '.join(known)}", repr(name), remedy))
+        if name in values:
+            raise ValueError(checks.fault(f"{argument} {name}", "given once", "twice", "keep one of the two"))
+        try:
+            values[name] = int(value) if value.isdecimal() else float(value)
+        except ValueError:
+            raise ValueError(checks.fault(f"{argument} {name}", "a number", repr(value), remedy)) from None
+    return values

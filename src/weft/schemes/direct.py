@@ -32,6 +32,7 @@ def compress(
     batches: Iterable[Batch] | None = None,
     correct_biases: bool = True,
     sequential: bool = False,
+    starts: Mapping[str, StructuredMatrix] | None = None,
     generator: torch.Generator | None = None,
     workers: int = 1,
     ray: str | None = None,
@@ -49,6 +50,7 @@ def compress(
         sequential: whether layers are fitted one after the other in the order in which they run, each to the
             inputs that the compressed ones before it give (weft.schemes.sequential); needs batches that can
             be iterated more than once, two passes for every layer.
+        starts: members of an earlier compression by layer name, of the plan's families, to start from.
         generator: the source of randomness of fits that need it, one seed for each layer; fixed seeds where
             None.
         workers: processes that fit, one thread each; 1 fits in this process, as sequential fits always do.
@@ -97,6 +99,7 @@ def compress(
             replace(survey.layers[name], weight=own[name].weight, names=own[name].names),
             plan[name],
             seed=None if generator is None else int(torch.randint(2**62, (), generator=generator)),
+            start=None if starts is None else starts.get(name),
         )
         for name in wanted
     }
@@ -131,6 +134,7 @@ class _Piece:
     layer: LayerSurvey
     structure: Structure
     seed: int | None = None
+    start: StructuredMatrix | None = None
     target: Target | None = None
 
 
@@ -151,6 +155,7 @@ def _fit(piece: _Piece) -> _Fit:
         layer.weight if target is None else target.weight,
         input_gram=inner if target is None else target.input_gram,
         output_gram=outer,
+        start=piece.start,
         generator=None if piece.seed is None else torch.Generator().manual_seed(piece.seed),
     )
     error = relative_error(layer.weight, matrix.to_dense(), input_gram=inner, output_gram=outer)

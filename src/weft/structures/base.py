@@ -980,6 +980,34 @@ class Structure(ABC):
     def from_tensors(self, shape: Shape, tensors: Mapping[str, Tensor]) -> StructuredMatrix:
         """The member with the given tensors (dotted names for nested ones); refuses what does not fit."""
 
+    def share_out(self, weights: Sequence[Tensor]) -> "list[Structure]":
+        """One structure per weight, where this one's size is that of all weights together.
+
+        A family whose size can be shared replaces this: the largest 5 % of the entries of all weights are
+        more than 5 % of some and less of others.
+
+        Args:
+            weights: the weights.
+
+        Raises:
+            ValueError: the family has no such size.
+        """
+        remedy = "give every weight a structure of its own"
+        raise ValueError(checks.fault("structure", "of a size that weights can share", str(self), remedy))
+
+    def resized(self, factor: float, shape: Shape) -> "Structure":
+        """A larger or smaller structure of this kind; a family with one number for its size replaces this.
+
+        Args:
+            factor: what the size is multiplied by; other options stay as they are.
+            shape: the weight's shape, which bounds the size.
+
+        Raises:
+            ValueError: the family has no such number.
+        """
+        remedy = "use a family with one number for its size, such as a rank or a density"
+        raise ValueError(checks.fault("structure", "of a size that can change", str(self), remedy))
+
     def check(self, shape: Shape) -> None:
         """Checks that the size is possible for a weight (ValueError); families with bounds replace this.
 

@@ -6,7 +6,7 @@ With Grams the fit has a closed form, the generalised Eckart-Young theorem: see
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Self
 
@@ -84,6 +84,9 @@ class LowRank(Structure):
 
     def chain(self, shape: Shape) -> Mapping[str, Shape]:
         return {"left": (shape[0], self.rank), "right": (self.rank, *shape[1:])}
+
+    def resized(self, factor: float, shape: Shape) -> "LowRank":
+        return replace(self, rank=max(1, min(round(self.rank * factor), *matrix_shape(shape))))
 
     def check(self, shape: Shape) -> None:
         checks.integer_between("rank", self.rank, 1, min(matrix_shape(shape)), of=f"a {tuple(shape)} weight")

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
@@ -178,6 +178,27 @@ class Pruned(Structure):
             # It runs as a convolution of fewer filters.
             return self.parameter_count(shape) * geometry.positions(shape[2:])
         return matrix_multiply_adds(self.parameter_count(shape), shape, geometry)
+
+    def share_out(self, weights: Sequence[Tensor]) -> "list[Structure]":
+        """The blocks of largest norm among those of all weights; every weight keeps at least one."""
+        grids = [self.pattern_of(tuple(weight.shape)) for weight in weights]
+        if self.of != Dense() or not all(isinstance(grid, Grid) for grid in grids):
+            return super().share_out(weights)
+        energies = [
+            cast(Grid, grid).blocks(weight.detach().flatten(1).square()).flatten()
+            for grid, weight in zip(grids, weights, strict=True)
+        ]
+        sizes = [len(energy) for energy in energies]
+        count = max(1, round(self.density * sum(sizes)))
+        chosen = torch.topk(torch.cat(energies), count, sorted=False).indices
+        owners = torch.repeat_interleave(torch.tensor(sizes, device=chosen.device))[chosen]
+        counts = torch.bincount(owners, minlength=len(sizes)).clamp_min(1).tolist()
+        return [
+            dataclasses.replace(self, density=kept / size) for kept, size in zip(counts, sizes, strict=True)
+        ]
+
+    def resized(self, factor: float, shape: Shape) -> "Pruned":
+        return dataclasses.replace(self, density=min(1.0, self.density * factor))
 
     def check(self, shape: Shape) -> None:
         outputs, inputs = matrix_shape(shape)

@@ -7,7 +7,7 @@ rows: the cost is that of the entries, and no dense weight is ever formed.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, TypedDict, cast
 
 import torch
@@ -106,6 +106,9 @@ class SparseProduct(Structure):
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int | None:
         entries = self.parameter_count(shape)
         return None if entries is None else matrix_multiply_adds(entries, shape, geometry)
+
+    def resized(self, factor: float, shape: Shape) -> "SparseProduct":
+        return replace(self, sparsity=max(1, min(round(self.sparsity * factor), *matrix_shape(shape))))
 
     def check(self, shape: Shape) -> None:
         smaller = min(matrix_shape(shape))

@@ -147,6 +147,33 @@ class SumOf(Structure):
         return SumOfMatrix(self, shape, members)
 
 
+def sum_of(members: Sequence[StructuredMatrix]) -> StructuredMatrix:
+    """The sum of members of any families, of one shape.
+
+    Args:
+        members: the terms, at least one.
+
+    Returns:
+        A member of `SumOf`; `terms_of` takes it apart.
+    """
+    structure = SumOf(tuple(member.structure for member in members))
+    for member in members[1:]:
+        checks.shape("member", member.shape, members[0].shape, "add members that stand for the same weight")
+    return SumOfMatrix(structure, members[0].shape, members)
+
+
+def terms_of(member: StructuredMatrix) -> list[StructuredMatrix]:
+    """The terms of a sum.
+
+    Args:
+        member: a sum; any other member is its own only term.
+
+    Returns:
+        The terms.
+    """
+    return member.members() if isinstance(member, SumOfMatrix) else [member]
+
+
 def _total(counts: Iterable[int | None]) -> int | None:
     total = 0
     for count in counts:
