@@ -314,7 +314,8 @@ def test_a_later_c_step_is_never_worse_than_the_previous_member() -> None:
         again = task.fit(survey, 1.0, first)
 
         def objective(member: Any, task: Task = task) -> float:
-            return task.charge(member, survey, "0") + float((weight - member.to_dense()).square().sum()) / 2
+            lost = (weight - member.to_dense()).detach().square().sum()
+            return task.charge(member, survey, "0") + float(lost) / 2
 
         assert objective(again["0"]) <= objective(first["0"]) * (1 + 1e-6)
 

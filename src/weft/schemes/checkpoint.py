@@ -20,6 +20,8 @@ from torch import Tensor
 from weft import checks
 from weft.schemes.log import Log
 from weft.storage import write_beside
+from weft.structures import from_json
+from weft.structures.base import StructuredMatrix
 
 FILE = "checkpoint.safetensors"
 LOG = "log.jsonl"
@@ -191,6 +193,34 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "tuple" in value:
         return tuple(_decoded(item, tensors) for item in value["tuple"])
     return {_decoded(key, tensors): _decoded(item, tensors) for key, item in value["items"]}
+
+
+def member_state(member: StructuredMatrix) -> dict[str, Any]:
+    """A structured matrix as state.
+
+    Args:
+        member: any.
+
+    Returns:
+        What `member_from` takes.
+    """
+    return {
+        "structure": member.structure.to_json(),
+        "shape": list(member.shape),
+        "tensors": member.stored(),
+    }
+
+
+def member_from(state: Mapping[str, Any]) -> StructuredMatrix:
+    """The structured matrix that `member_state` described.
+
+    Args:
+        state: what it gave.
+
+    Returns:
+        An equal member.
+    """
+    return from_json(state["structure"]).from_tensors(tuple(state["shape"]), state["tensors"])
 
 
 def described(value: Any) -> Any:

@@ -113,17 +113,15 @@ class IterativePruning:
         if calibration is not None:
             check_repeatable("calibration", calibration)
         run = _Run(copy.deepcopy(model), dict(plan))
-        kept = None if checkpoint is None else self._kept(checkpoint, model, plan, checkpoint_seconds)
-        written = Log(kept.log if log is None and kept is not None else log)
+        kept = None if checkpoint is None else self._kept(checkpoint, model, plan, log, checkpoint_seconds)
+        written = Log(log) if kept is None else kept.log
         metric = metric_of(validation)
         first = 1
         if kept is not None and kept.resumed:
             first = run.restore(kept.outer)
-            if not kept.within:
-                written.rewind(kept.outer["log"])
         for step in range(first, self.steps + 1):
-            if kept is not None and not kept.within:
-                kept.outer = {**run.state(), "step": step, "log": written.position()}
+            if kept is not None and not (kept.resumed and step == first):
+                kept.outer = {**run.state(), "step": step}
                 kept.write()
             training = self.last if self.last is not None and step == self.steps else self.training
             small = run.shrunk(step, self.steps, calibration, shown)
@@ -147,7 +145,7 @@ class IterativePruning:
                 stage=step, **value, parameters=cost.parameters, bytes=cost.bytes, structures=structures
             )
         if kept is not None:
-            kept.outer = {**run.state(), "step": self.steps + 1, "log": written.position()}
+            kept.outer = {**run.state(), "step": self.steps + 1}
             kept.write()
         return Result(run.compressed(), written.entries)
 
@@ -156,6 +154,7 @@ class IterativePruning:
         folder: str | os.PathLike[str],
         model: nn.Module,
         plan: Mapping[str, Structure],
+        log: str | os.PathLike[str] | None,
         seconds: float,
     ) -> Checkpoint:
         run = {
@@ -165,7 +164,7 @@ class IterativePruning:
             "last": None if self.last is None else self.last.describe(model),
             **self.training.describe(model),
         }
-        return Checkpoint(folder, run, seconds=seconds)
+        return Checkpoint(folder, run, log=log, seconds=seconds)
 
 
 class _Run:

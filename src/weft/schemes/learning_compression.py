@@ -431,20 +431,18 @@ class LearningCompression:
         """
         dense = copy.deepcopy(model)
         run = _Run(dense, tasks, survey_model(model) if survey is None else survey)
-        kept = None if checkpoint is None else self._kept(checkpoint, model, tasks, checkpoint_seconds)
-        written = Log(kept.log if log is None and kept is not None else log)
+        kept = None if checkpoint is None else self._kept(checkpoint, model, tasks, log, checkpoint_seconds)
+        written = Log(log) if kept is None else kept.log
         metric = metric_of(validation)
         first = 0
         if kept is not None and kept.resumed:
             first = run.restore(kept.outer)
-            if not kept.within:
-                written.rewind(kept.outer["log"])
         else:
             run.compress(self.penalties[0])  # direct compression
         for step in range(first, len(self.penalties)):
             mu = self.penalties[step]
-            if kept is not None and not kept.within:
-                kept.outer = {**run.state(), "step": step, "log": written.position()}
+            if kept is not None and not (kept.resumed and step == first):
+                kept.outer = {**run.state(), "step": step}
                 kept.write()
             if learn is not None:
                 learn(dense, run.penalty(mu), step)
@@ -467,7 +465,7 @@ class LearningCompression:
             value = {} if metric is None else {"metric": metric(run.compressed(model))}
             written.note(lc_step=step, mu=mu, distance=run.distance(), **value, **run.size())
         if kept is not None:
-            kept.outer = {**run.state(), "step": len(self.penalties), "log": written.position()}
+            kept.outer = {**run.state(), "step": len(self.penalties)}
             kept.write()
         small = run.compressed(model)
         correct_batch_norm(small, dense, map(inputs_of, batches), shown=shown)
@@ -478,6 +476,7 @@ class LearningCompression:
         folder: str | os.PathLike[str],
         model: nn.Module,
         tasks: Mapping[str, Task | Structure],
+        log: str | os.PathLike[str] | None,
         seconds: float,
     ) -> Checkpoint:
         run = {
@@ -488,7 +487,7 @@ class LearningCompression:
             "tasks": {pattern: str(task) for pattern, task in tasks.items()},
             **self.training.describe(model),
         }
-        return Checkpoint(folder, run, seconds=seconds)
+        return Checkpoint(folder, run, log=log, seconds=seconds)
 
 
 class _Run:

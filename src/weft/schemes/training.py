@@ -31,7 +31,7 @@ OPTIMISERS: Mapping[str, Callable[..., Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "rmsprop": torch.optim.RMSprop,
-    "sgd": lambda parameters, **options: torch.optim.SGD(parameters, momentum=0.9, **options),
+    "sgd": lambda parameters, **options: torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **options),
 }
 # The learning rate's factor at a share of the way.
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
@@ -49,8 +49,8 @@ class Training:
         epochs: passes over the batches.
         learning_rate: at the start; an optimiser of your own has its own.
         weight_decay: of the named optimisers.
-        optimiser: "adamw", "adam", "rmsprop", "sgd" (momentum 0.9), or a function that makes one from the
-            trainable parameters.
+        optimiser: "adamw", "adam", "rmsprop", "sgd" (Nesterov momentum 0.9), or a function that makes one
+            from the trainable parameters.
         schedule: "cosine" (half a period, to zero), "linear" (to zero) or "constant", or a function that
             makes a scheduler from the optimiser and the number of steps; it is stepped after every step.
             Where the number of batches is not known a named one is constant.
@@ -182,7 +182,7 @@ class Training:
             )
         if log is None:
             log = Log() if checkpoint is None else checkpoint.log
-        hooks = _Hooks(penalty, after_step, _metric(validation))
+        hooks = _Hooks(penalty, after_step, metric_of(validation))
         stage = _Stage(self, model, parameters, batches, teacher, hooks, log, checkpoint)
         stage.notes = dict(notes or {})
         stage.most_steps = most_steps
@@ -416,7 +416,15 @@ def _scheduler(options: Training, optimiser: Optimizer, batches: Iterable[Any]) 
     return LambdaLR(optimiser, lambda step: factor(min(step, total) / total))
 
 
-def _metric(validation: Validation | None) -> Metric | None:
+def metric_of(validation: Validation | None) -> Metric | None:
+    """The metric that a validation means.
+
+    Args:
+        validation: held-out batches, a metric, or None.
+
+    Returns:
+        A function of the network; None for none.
+    """
     if validation is None or callable(validation):
         return validation
     check_repeatable("validation", validation)
