@@ -92,6 +92,34 @@ def test_one_command_walks_the_whole_path_and_the_file_alone_rebuilds_the_networ
     assert not small.training
 
 
+def test_sizes_are_learned_at_a_price(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "compress models.py:network --data digits --samples 200 --scheme lc --steps 3 --keep-dense 6"
+    assert weft(monkeypatch, f"{command} --price parameters=1e-4 --checkpoint run -o small.safetensors") == 0
+    small = load(folder / "small.safetensors")
+    assert "LowRank" in capsys.readouterr().out
+    assert isinstance(small[6], torch.nn.Linear)
+    assert not small.training
+    entries = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["lc_step"] for entry in entries if "distance" in entry] == [0, 1, 2]
+    assert weft(monkeypatch, f"{command} --price parameters=1e-4 --checkpoint run -o again.safetensors") == 0
+    again = load(folder / "again.safetensors").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in small.state_dict().items())
+
+
+def test_a_network_shrinks_in_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = {"4": {"structure": {"family": "Pruned", "density": 0.05}}}
+    assert weft(monkeypatch, "survey models.py:network --data digits --samples 200 -o survey.json") == 0
+    assert weft(monkeypatch, "plan survey.json --budget parameters=0.3 -o plan.json") == 0
+    record = {**json.loads((folder / "plan.json").read_text()), "layers": plan}
+    (folder / "plan.json").write_text(json.dumps(record))
+    command = "compress plan.json --data digits --scheme iterative --steps 2 -o small.safetensors"
+    assert weft(monkeypatch, command) == 0
+    small = load(folder / "small.safetensors")
+    assert int((small[4].matrix.to_dense() != 0).sum()) == round(0.05 * 512 * 64)
+
+
 def test_a_file_can_be_entropy_coded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("constriction")
     command = "compress models.py:network --data digits --samples 200 --budget bytes=0.3 --families LowRank"
@@ -181,6 +209,23 @@ def test_export_is_checked_in_onnxruntime(
         ),
         ("compress models.py:network --budget bytes=1.5", "budget bytes must be a share"),
         ("compress models.py:network", "--budget must be given"),
+        ("compress models.py:network --scheme lc --price parameters=0", "price must be above 0"),
+        (
+            "compress models.py:network --price parameters=1",
+            "--price must be given with MODEL and",
+        ),
+        (
+            "compress models.py:network --scheme lc --price parameters=1",
+            "--data must be given with",
+        ),
+        (
+            "compress models.py:network --scheme best --budget bytes=0.5",
+            "--scheme must be one of",
+        ),
+        (
+            "compress models.py:network --scheme lc --price parameters=1 --penalty-factor 0.9 --data digits",
+            "factor must be at least 1, got 0.9",
+        ),
         ("compress models.py:network --budget multiply_adds=0.5", "survey with batches"),
         ("compress models.py:network --budget bytes=0.5 --families Low", "family must be one of"),
         (

@@ -18,7 +18,7 @@ import importlib.metadata
 # functions of the same name then stand before them.
 from weft.measure import inputs
 from weft.plan.allocate import allocate
-from weft.plan.budget import Budget
+from weft.plan.budget import Budget, Price
 from weft.plan.constraints import Constraints
 from weft.plan.error_curves import error_curves
 from weft.plan.latency import LatencyTable
@@ -27,6 +27,8 @@ from weft.plan.sensitivity import Sensitivity, measure_sensitivity
 from weft.report.report import Report, measure
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import fine_tune
+from weft.schemes.iterative_pruning import IterativePruning
+from weft.schemes.learning_compression import LearningCompression
 from weft.schemes.result import Result
 from weft.schemes.search import SearchResult, search
 from weft.sources import load
@@ -40,8 +42,11 @@ __version__ = importlib.metadata.version("weft")
 __all__ = [
     "Budget",
     "Constraints",
+    "IterativePruning",
     "LatencyTable",
+    "LearningCompression",
     "Plan",
+    "Price",
     "Report",
     "Result",
     "SearchResult",

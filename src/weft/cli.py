@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +21,11 @@ from weft.demo import demonstrate
 from weft.export.onnx import check_onnx, export_onnx
 from weft.export.torch_export import export_torch
 from weft.kernels import route
+from weft.layers.base import StructuredLayer
 from weft.measure import accuracy
 from weft.plan.advice import Advice, advise
 from weft.plan.allocate import METHODS, allocate
-from weft.plan.budget import Budget
+from weft.plan.budget import Budget, Price
 from weft.plan.constraints import Constraints
 from weft.plan.curve_cache import default_folder
 from weft.plan.error_curves import error_curves
@@ -35,12 +37,15 @@ from weft.report.picture import write_picture
 from weft.report.report import Report, measure
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import fine_tune
+from weft.schemes.iterative_pruning import IterativePruning
+from weft.schemes.learning_compression import LearningCompression, Priced, Task, rising
 from weft.schemes.search import SearchResult, search
+from weft.schemes.training import Training
 from weft.sources import Data, load, load_data, load_model
 from weft.sources.splits import IndexedSplit
 from weft.storage import coder_of, read_json, read_metadata, save, structured_layers, write_text
 from weft.structures import families, from_text, select
-from weft.structures.base import StructuredMatrix
+from weft.structures.base import Candidate, Structure, StructuredMatrix, relative_error
 from weft.survey import Survey, survey
 
 app = typer.Typer(
@@ -53,6 +58,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
+SCHEMES = ("direct", "lc", "iterative")
 
 MODEL_HELP = "Model: path/to/file.py:function, torchvision:NAME, timm:NAME, or hf:NAME_OR_DIR."
 DATA_HELP = (
@@ -222,7 +228,9 @@ def plan_command(
 @app.command(
     "compress",
     epilog="Examples: weft compress plan.json --data digits -o small.safetensors    "
-    "weft compress model.py:make --data digits --budget bytes=0.25 -o small.safetensors",
+    "weft compress model.py:make --data digits --budget bytes=0.25 -o small.safetensors    "
+    "weft compress model.py:make --data digits --scheme lc --price parameters=1e-5 -o small.safetensors    "
+    "weft compress plan.json --data digits --scheme iterative --steps 8 --epochs 2 -o small.safetensors",
 )
 def compress_command(
     model: Annotated[
@@ -253,13 +261,51 @@ def compress_command(
     cache: Cache = None,
     latency_batch: LatencyBatch = 1,
     epochs: Annotated[
-        int, typer.Option("--epochs", min=0, help="Passes of fine-tuning with the dense network as teacher.")
+        int,
+        typer.Option(
+            "--epochs",
+            min=0,
+            help="Passes of training with the dense network as teacher: fine-tuning, or every step.",
+        ),
     ] = 0,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of the fine-tuning.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of the training.")] = 1e-3,
+    scheme: Annotated[
+        str,
+        typer.Option(
+            "--scheme",
+            help="direct: fit once; lc: train and fit in turn (learning-compression); iterative: shrink in "
+            "steps (pruning, ranks), with training between them.",
+        ),
+    ] = "direct",
+    price: Annotated[
+        str | None,
+        typer.Option(
+            "--price",
+            help="With MODEL and lc, in place of a budget: what cost is worth, e.g. parameters=1e-6 or "
+            "multiply_adds=1e-7; families and sizes are then chosen while training.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of lc or iterative.")] = 20,
+    penalty: Annotated[
+        float, typer.Option("--penalty", help="With lc: the first weight of the distance to the structures.")
+    ] = 1e-3,
+    penalty_factor: Annotated[
+        float, typer.Option("--penalty-factor", help="With lc: by how much it rises per step.")
+    ] = 1.3,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="With lc or iterative: a folder from which the run goes on."),
+    ] = None,
     entropy_coding: EntropyCoded = False,
 ) -> None:
     """Fits every layer of a plan, or walks the whole path from a model to a smaller one."""
     _check_folder(output)
+    checks.one_of("--scheme", scheme, SCHEMES)
+    if price is not None and (scheme != "lc" or budget is not None or model.endswith(".json")):
+        remedy = "e.g. weft compress MODEL --data digits --scheme lc --price parameters=1e-6"
+        expected = "given with MODEL and --scheme lc, without --budget"
+        raise ValueError(checks.fault("--price", expected, price, remedy))
+    worth = None if price is None else Price.parse(price)
     coder_of(entropy_coding)
     searched = None
     processes = _Workers(workers, ray, worker_memory)
@@ -275,25 +321,45 @@ def compress_command(
         source, weights_file = record["source"], record["weights"]
         loaded = _load_data(data)
     else:
-        if budget is None:
+        if budget is None and worth is None:
             remedy = "e.g. --budget bytes=0.25"
             raise ValueError(checks.fault("--budget", "given with a model", "none", remedy))
-        limits, rules = Budget.parse(budget), _constraints(keep_dense, only)
         network = load_model(model, weights)
         loaded = _load_data(data)
         found = _survey(network, loaded, samples, batch_size, fisher)
-        planning = _Planning(chosen, method, rules, sensitivity, 256, batch_size, processes, cache)
-        planner = _Planner(network, found, loaded, planning, latency_batch)
         source, weights_file = model, _text(weights)
-        if limits.keep is not None:
-            searched = planner.search(limits, samples, sequential)
-            plan = searched.plan
+        if budget is None:
+            plan = Plan({})
         else:
-            plan = planner.plan(limits)
+            limits = Budget.parse(budget)
+            rules = _constraints(keep_dense, only)
+            planning = _Planning(chosen, method, rules, sensitivity, 256, batch_size, processes, cache)
+            planner = _Planner(network, found, loaded, planning, latency_batch)
+            if limits.keep is not None:
+                searched = planner.search(limits, samples, sequential)
+                plan = searched.plan
+            else:
+                plan = planner.plan(limits)
     calibration = (
         None if loaded is None else loaded.inputs("calibration", batch_size=batch_size, limit=samples)
     )
-    if searched is None:
+    if scheme != "direct":
+        if loaded is None:
+            raise ValueError(checks.fault("--data", f"given with --scheme {scheme}", "none", "add --data"))
+        training = Training(epochs=epochs or 1, learning_rate=learning_rate)
+        tasks: Mapping[str, Task | Structure] = plan
+        options: dict[str, Any] = {"teacher": network, "checkpoint": checkpoint}
+        batches = loaded.batches("train", batch_size=batch_size, shuffle=True)
+        if scheme == "lc":
+            if worth is not None:
+                tasks = {"*": Priced(chosen, worth, _constraints(keep_dense, only))}
+            learning = LearningCompression(training, rising(penalty, penalty_factor, steps))
+            small, log = learning.run(network, tasks, batches, survey=found, **options)
+        else:
+            iterative = IterativePruning(training, steps=steps)
+            small, log = iterative.run(network, plan, batches, calibration=calibration, **options)
+        plan, log, epochs = _plan_of(small, found), None, 0
+    elif searched is None:
         small, log = compress(network, plan, found, batches=calibration, sequential=sequential, **pool)
     else:
         small, log = searched.model, None
@@ -655,6 +721,18 @@ class _Planner:
             highlight=False,
         )
         return found
+
+
+def _plan_of(small: nn.Module, found: Survey) -> Plan:
+    """What a compressed network consists of; the errors are the distances to the dense network's weights."""
+    points = {}
+    for name in structured_layers(small):
+        layer, own = found.layers[name], small.get_submodule(name)
+        assert isinstance(own, StructuredLayer)  # noqa: S101
+        cost = layer.per_sample(own.matrix.cost(layer.geometry))
+        error = relative_error(layer.weight, own.matrix.to_dense())
+        points[name] = Candidate(own.matrix.structure, cost, error)
+    return Plan({name: point.structure for name, point in points.items()}, expected=points)
 
 
 def _constraints(keep_dense: str, only: list[str] | None) -> Constraints:

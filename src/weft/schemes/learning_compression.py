@@ -41,11 +41,13 @@ from weft import checks
 from weft.layers.replace import dense_weight, replace_layer
 from weft.plan.allocate import allocate
 from weft.plan.budget import Budget, Price
+from weft.plan.constraints import Constraints
 from weft.plan.error_curves import error_curves
 from weft.plan.plan import check_plan
 from weft.plan.sensitivity import Sensitivity
 from weft.schemes.checkpoint import Checkpoint, member_from, member_state
 from weft.schemes.corrections import correct_batch_norm
+from weft.schemes.data_order import order_of, restore_order
 from weft.schemes.log import Log
 from weft.schemes.objective import inputs_of
 from weft.schemes.result import Result
@@ -152,10 +154,12 @@ class Priced(Task):
     Args:
         families: "all", names, or classes.
         price: λ: how much loss one parameter, byte or multiply-add is worth.
+        constraints: what stays dense, and families by layer.
     """
 
     families: str | Iterable[str | type[Structure]]
     price: Price
+    constraints: Constraints = Constraints()
 
     def check(self, survey: Survey) -> None:
         select(self.families)
@@ -167,7 +171,8 @@ class Priced(Task):
 
     def fit(self, survey: Survey, penalty: float, starts: Members) -> dict[str, StructuredMatrix]:
         found = {}
-        for name, curve in error_curves(survey, select(self.families), shown=False).items():
+        curves = error_curves(survey, select(self.families), constraints=self.constraints, shown=False)
+        for name, curve in curves.items():
             weight = survey.layers[name].weight
             energy = _energy(weight)
             best = min(
@@ -429,6 +434,7 @@ class LearningCompression:
             The compressed network, and the log: the training's steps, and after every C step lc_step, mu,
             distance (relative, between W and Δ(Θ)), metric, parameters, bytes, multiply-adds, structures.
         """
+        order = order_of(batches)
         dense = copy.deepcopy(model)
         run = _Run(dense, tasks, survey_model(model) if survey is None else survey)
         kept = None if checkpoint is None else self._kept(checkpoint, model, tasks, log, checkpoint_seconds)
@@ -468,6 +474,7 @@ class LearningCompression:
             kept.outer = {**run.state(), "step": len(self.penalties)}
             kept.write()
         small = run.compressed(model)
+        restore_order(batches, order)  # in which order sums are rounded must not depend on interruptions
         correct_batch_norm(small, dense, map(inputs_of, batches), shown=shown)
         return Result(small, written.entries)
 
@@ -509,17 +516,18 @@ class _Run:
         return weight
 
     def penalty(self, penalty: float) -> Callable[[nn.Module], Tensor]:
-        """μ/2 Σ ‖W_l − Δ(Θ_l) − B_l/μ‖², a function of the network."""
+        """μ/2 Σ ‖W_l − Δ(Θ_l) − B_l/μ‖², a function of the network; a layer that stays dense is free."""
         anchors = {
             name: member.to_dense().detach() + self.multipliers[name] / penalty
             for name, member in self.members.items()
+            if not isinstance(member.structure, Dense)
         }
 
         def of(model: nn.Module) -> Tensor:
             distances = [
                 (self.weight(model, name) - anchor).square().sum() for name, anchor in anchors.items()
             ]
-            return penalty / 2 * torch.stack(distances).sum()
+            return penalty / 2 * sum(distances, torch.zeros(()))
 
         return of
 

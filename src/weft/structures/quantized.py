@@ -255,6 +255,12 @@ class Quantized(Structure):
     def refusal(self, shape: Shape, geometry: Geometry | None = None) -> str | None:
         return None if self.of == Dense() or self._parts(shape) else self.of.refusal(shape, geometry)
 
+    def share_out(self, weights: Sequence[Tensor]) -> "list[Structure]":
+        return [dataclasses.replace(self, of=part) for part in self.of.share_out(weights)]
+
+    def resized(self, factor: float, shape: Shape) -> "Quantized":
+        return dataclasses.replace(self, of=self.of.resized(factor, shape))
+
     def check(self, shape: Shape) -> None:
         if self.of != Dense():
             self.of.check(shape)
