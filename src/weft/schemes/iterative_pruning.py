@@ -47,7 +47,7 @@ def cubic(share: float, step: int, steps: int, *, first: float = 1.0) -> float:
         The share, falling from `first` to `share`.
 
     Examples:
-        >>> [cubic(0.2, step, 4) for step in range(5)]
+        >>> [round(cubic(0.2, step, 4), 4) for step in range(5)]
         [1.0, 0.5375, 0.3, 0.2125, 0.2]
     """
     return share + (first - share) * (1 - step / steps) ** 3
