@@ -10,9 +10,13 @@ commit, and how long it took.
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from weft.bench import commit, surroundings
 from weft.storage import write_text
@@ -37,6 +41,7 @@ class Records:
         self.path = RESULTS / f"{name}{'_quick' if quick else ''}.json"
         self.command = f"python experiments/{name}.py{' --quick' if quick else ''}"
         before = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        self.environment: dict[str, Any] = before.get("environment", {})
         self.rows: list[dict[str, Any]] = [] if fresh else before.get("rows", [])
 
     def row(
@@ -66,10 +71,11 @@ class Records:
         found = json.loads(json.dumps({**key, **compute()}))
         found |= {"seconds_taken": time.perf_counter() - start, "commit": commit()}
         self.rows.append(found)
+        self.environment = surroundings(*self.packages)
         record = {
             "experiment": self.name,
             "command": self.command,
-            "environment": surroundings(*self.packages),
+            "environment": self.environment,
             "rows": self.rows,
         }
         RESULTS.mkdir(exist_ok=True)
@@ -79,6 +85,40 @@ class Records:
     def of(self, part: str) -> list[dict[str, Any]]:
         """The rows of a part, in the order in which they were made."""
         return [row for row in self.rows if row["part"] == part]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of a paper as we measure it.
+
+    Attributes:
+        title: what it shows.
+        headings: of the columns.
+        rows: their cells as text.
+        remark: why the figures differ from those published.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Iterable[Sequence[str]]
+    remark: str = ""
+
+    def markdown(self) -> str:
+        """The table as GitHub shows it."""
+        lines = [self.headings, ["---"] * len(self.headings), *self.rows]
+        table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        return "\n\n".join(filter(None, [f"### {self.title}", table, self.remark]))
+
+
+def show(sheets: Iterable[Sheet]) -> None:
+    """Prints tables."""
+    for sheet in sheets:
+        table = Table(title=sheet.title, title_justify="left", caption=sheet.remark, caption_justify="left")
+        for heading in sheet.headings:
+            table.add_column(heading, overflow="fold")
+        for row in sheet.rows:
+            table.add_row(*row)
+        Console(width=130).print(table)
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
