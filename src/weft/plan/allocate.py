@@ -24,6 +24,7 @@ from weft.plan.budget import Budget
 from weft.plan.constraints import Constraints
 from weft.plan.error_curves import error_curves, undominated
 from weft.plan.latency import LatencyTable
+from weft.plan.pareto import COSTS, pareto
 from weft.plan.plan import Plan
 from weft.plan.sensitivity import Sensitivity, predicted_sensitivity
 from weft.structures import select
@@ -136,6 +137,13 @@ def allocate(
         total=total,
         seconds=knapsack.seconds(best),
         others={name: _others(curves[name], point, limits) for name, point in chosen.items()},
+        pareto=pareto(
+            survey,
+            curves,
+            chosen,
+            cost=next((name for name in limits if name in COSTS), "bytes"),
+            sensitivity=sensitivity,
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from weft import checks
 from weft.plan.budget import Budget
+from weft.plan.pareto import Pareto
 from weft.storage import read_json, write_text
 from weft.structures import from_json
 from weft.structures.base import Candidate, Cost, Structure
@@ -27,6 +28,8 @@ class Plan(Mapping[str, Structure]):
         source: the model source, recorded for the next verb.
         seconds: the predicted time per call; None where the budget does not limit it.
         others: layer name -> family -> why it was not chosen.
+        pareto: the network's Pareto curves, all families together and each alone, with the plan's own point;
+            None for a plan made by hand.
     """
 
     structures: dict[str, Structure]
@@ -36,6 +39,7 @@ class Plan(Mapping[str, Structure]):
     source: str = ""
     seconds: float | None = None
     others: dict[str, dict[str, str]] = field(default_factory=dict, compare=False)
+    pareto: Pareto | None = field(default=None, compare=False)
 
     def __getitem__(self, name: str) -> Structure:
         return self.structures[name]
@@ -70,6 +74,7 @@ class Plan(Mapping[str, Structure]):
             "total": None if self.total is None else asdict(self.total),
             "seconds": self.seconds,
             "layers": layers,
+            "pareto": None if self.pareto is None else self.pareto.to_json(),
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -114,9 +119,11 @@ class Plan(Mapping[str, Structure]):
         try:
             budget = Budget(**data["budget"]) if data.get("budget") else None
             total = Cost(**data["total"]) if data.get("total") else None
+            pareto = Pareto.from_json(data["pareto"]) if data.get("pareto") else None
         except (TypeError, ValueError) as error:
-            raise ValueError(f"budget or total of {path}: {error}") from error
-        return cls(structures, budget, expected, total, data.get("source", ""), data.get("seconds"), others)
+            raise ValueError(f"budget, total or curves of {path}: {error}") from error
+        source, seconds = data.get("source", ""), data.get("seconds")
+        return cls(structures, budget, expected, total, source, seconds, others, pareto)
 
 
 def _checked(entry: object) -> dict[str, Any]:

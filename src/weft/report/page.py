@@ -23,6 +23,10 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+# Of the plan's curves: losses below this share of the largest are not drawn; labelled shares; colours.
+_LEAST_LOSS = 1e-5
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_COLOURS = 8
 _POINTS = 400  # of a training curve; more steps are averaged in groups
 _LOG_SCALE_FROM = 30.0  # the ratio of largest and smallest loss
 
@@ -35,6 +39,7 @@ def render_page(
     command: str = "",
     asked: str = "",
     log: Iterable[Mapping[str, Any]] = (),
+    pareto: Mapping[str, Any] | None = None,
 ) -> str:
     """Renders the page.
 
@@ -46,6 +51,7 @@ def render_page(
         asked: what was asked for, such as the budget and the families.
         log: entries of the runs' logs, in their order: those of `weft.compress` bring the layers' errors,
             those of `weft.fine_tune` the training curve; others are passed over.
+        pareto: the plan's curves of cost and predicted loss, as a plan's JSON has them.
 
     Returns:
         HTML that needs nothing from elsewhere; all names are escaped.
@@ -64,6 +70,7 @@ def render_page(
         errors_known=any(layer["error"] is not None for layer in layers),
         convolutions=any(len(entry["shape"]) > 2 for entry in measurement["layers"]),
         legend=_legend(measurement["layers"]),
+        pareto=None if pareto is None else _pareto(pareto),
         training=_training([entry["loss"] for entry in log if "loss" in entry and "layer" not in entry]),
         environment=measurement["environment"],
     )
@@ -216,6 +223,58 @@ def _compact(number: int) -> str:
     return f"{value:.3g} {' kMGTP'[power]}"
 
 
+# -- the plan's curves
+
+
+def _pareto(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Curves in per cent of the plot's width and height, y downwards; None where there is nothing to draw.
+
+    Both scales are logarithmic. A loss of zero has no place there: the dense network is left out.
+    """
+    dense = data["dense"]
+    curves = {
+        name: [(cost / dense, loss) for cost, loss in points if loss > 0 and cost > 0]
+        for name, points in data["curves"].items()
+    }
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return None
+    chosen = (data["chosen"][0] / dense, data["chosen"][1])
+    everything = [point for points in curves.values() for point in points]
+    if chosen[1] > 0:
+        everything.append(chosen)
+    high = max(loss for _, loss in everything)
+    low = max(min(loss for _, loss in everything), high * _LEAST_LOSS)
+    left, right = min(cost for cost, _ in everything), max(max(cost for cost, _ in everything), 1.0)
+
+    def place(cost: float, loss: float) -> tuple[float, float]:
+        across = math.log(cost / left) / math.log(right / left) if right > left else 0.5
+        down = math.log(high / max(loss, low)) / math.log(high / low) if high > low else 0.5
+        return round(100 * across, 2), round(100 * down, 2)
+
+    lines = []
+    # That of all families comes last, above the others.
+    for index, name in enumerate(sorted(curves, key=lambda name: (name == "all", name))):
+        points = [place(*point) for point in curves[name] if point[1] >= low]
+        lines.append({
+            "name": "all families together" if name == "all" else name,
+            "kind": "all" if name == "all" else f"family{index % _COLOURS}",
+            "points": " ".join(f"{x},{y}" for x, y in points),
+        })
+    return {
+        "cost": data["cost"].replace("_", "-"),
+        "lines": lines,
+        "chosen": place(*chosen) if chosen[1] > 0 else None,
+        "chosen_text": f"{100 * chosen[0]:.1f} % of the {data['cost'].replace('_', '-')}",
+        "ticks": [(place(left, loss)[1], f"{loss:.3g}") for loss in _ticks(low, high, logarithmic=True)],
+        "shares": [
+            (place(share, high)[0], f"{100 * share:g} %")
+            for share in _SHARES
+            if left * 0.999 <= share <= right * 1.001
+        ],
+    }
+
+
 # -- training
 
 
@@ -245,13 +304,13 @@ def _training(losses: Sequence[float]) -> dict[str, Any] | None:
         "logarithmic": logarithmic,
         "line": " ".join(middle),
         "band": " ".join([*upper, *reversed(lower)]) if group > 1 else "",
-        "ticks": [(height(loss), f"{loss:.3g}") for loss in _ticks(low, high, logarithmic)],
+        "ticks": [(height(loss), f"{loss:.3g}") for loss in _ticks(low, high, logarithmic=logarithmic)],
         "first": f"{losses[0]:.4g}",
         "last": f"{statistics.fmean(losses[-max(1, len(losses) // 20) :]):.4g}",
     }
 
 
-def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
+def _ticks(low: float, high: float, *, logarithmic: bool) -> list[float]:
     """Round values within a range.
 
     Args:
@@ -263,9 +322,9 @@ def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
         Up to six values, or the powers of ten in the range.
 
     Examples:
-        >>> _ticks(0.13, 0.71, False)
+        >>> _ticks(0.13, 0.71, logarithmic=False)
         [0.2, 0.4, 0.6]
-        >>> _ticks(0.02, 30.0, True)
+        >>> _ticks(0.02, 30.0, logarithmic=True)
         [0.1, 1.0, 10.0]
     """
     if high <= low:

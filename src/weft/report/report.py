@@ -162,6 +162,7 @@ class Report(Measurement):
         command: str = "",
         asked: str = "",
         log: Iterable[Mapping[str, Any]] = (),
+        pareto: Mapping[str, Any] | None = None,
     ) -> Path:
         """Writes the report as one self-contained page.
 
@@ -172,11 +173,20 @@ class Report(Measurement):
             asked: what was asked for, such as the budget and the families.
             log: entries of the runs' logs, in their order: those of `weft.compress` bring the layers' errors,
                 those of `weft.fine_tune` the training curve.
+            pareto: the plan's curves of cost and predicted loss, as `plan.pareto.to_json()` gives them.
 
         Returns:
             The path.
         """
-        page = render_page(self.to_json(), self.rows(), title=title, command=command, asked=asked, log=log)
+        page = render_page(
+            self.to_json(),
+            self.rows(),
+            title=title,
+            command=command,
+            asked=asked,
+            log=log,
+            pareto=pareto,
+        )
         return write_text(path, page)
 
 
