@@ -12,6 +12,7 @@ give --fresh to measure them again. Skips with a message where packages or data 
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -144,11 +145,11 @@ def compare(setting: Setting, rows: Rows) -> None:
         return curves[key]
 
     sensitivity: Sensitivity | None = None
-    for limit, share in setting.budgets:
-        budget = weft.Budget(**{limit: share})
-        ways = [("all", "plan"), ("all", "sequential")]
-        ways += [(name, "uniform") for name in setting.families if name not in WRAPPERS]
-        for families, how in ways:
+    alone = [name for name in setting.families if name not in WRAPPERS]
+    # The slowest rows come last.
+    for ways in ([("all", "plan")], [(name, "uniform") for name in alone], [("all", "sequential")]):
+        for (limit, share), (families, how) in itertools.product(setting.budgets, ways):
+            budget = weft.Budget(**{limit: share})
             key = {"network": setting.name, "limit": limit, "share": share, "families": families, "how": how}
             if rows.find(**key) is not None:
                 continue

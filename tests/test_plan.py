@@ -26,6 +26,7 @@ from weft.plan.budget import Budget
 from weft.plan.constraints import Constraints
 from weft.plan.error_curves import error_curves, undominated
 from weft.plan.latency import LatencyTable
+from weft.plan.pareto import pareto
 from weft.plan.plan import Plan, check_plan
 from weft.plan.sensitivity import (
     Sensitivity,
@@ -597,6 +598,44 @@ def test_output_grams_weigh_layers_by_the_predicted_loss() -> None:
     assert plan.expected["1"].cost.parameters < plan.expected["0"].cost.parameters
 
 
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=5),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_pareto_curves_are_the_lower_hull_of_all_choices(drawn: list[list[tuple[int, int]]]) -> None:
+    names = [str(index) for index in range(len(drawn))]
+    survey = Survey(
+        {name: LayerSurvey(name, (name,), torch.zeros(10, 10)) for name in names}, {}, Cost(500, 500, 500)
+    )
+    curves = {
+        name: [Candidate(LowRank(1), Cost(cost, cost, cost), math.sqrt(loss)) for cost, loss in points]
+        for name, points in zip(names, drawn, strict=True)
+    }
+    found = pareto(survey, curves, {name: curve[0] for name, curve in curves.items()}, cost="parameters")
+    rest = 500 - 100 * len(names)
+    every = [
+        (rest + sum(cost for cost, _ in choice), sum(loss for _, loss in choice))
+        for choice in itertools.product(*drawn)
+    ]
+    line = found.curves["all"]
+    assert line == found.curves["LowRank"]
+    for cost, loss in line:  # every point can be had
+        assert any(cost == other and loss == pytest.approx(lost, abs=1e-6) for other, lost in every)
+    assert line[0][0] == min(cost for cost, _ in every)
+    assert line[-1][1] == pytest.approx(min(loss for _, loss in every), abs=1e-6)
+    for cost, loss in every:  # and none is below the line
+        for (left, high), (right, low) in itertools.pairwise(line):
+            if left <= cost <= right:
+                assert loss >= high + (low - high) * (cost - left) / (right - left) - 1e-6
+    assert found.chosen == (
+        rest + sum(points[0][0] for points in drawn),
+        pytest.approx(sum(points[0][1] for points in drawn), abs=1e-6),
+    )
+
+
 def test_what_a_lookups_error_costs_is_predicted_too() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(12, 6), nn.Flatten(), nn.Linear(18, 4))
@@ -671,6 +710,20 @@ def test_save_and_load_give_an_equal_plan(surveyed: tuple[nn.Sequential, Survey]
 def test_every_structure_survives_the_file(example: Example, tmp_path: Path) -> None:
     plan = Plan({"layer": example.structure((40, 48)), "other.name": example.structure((8, 4, 3, 3))})
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+
+
+def test_the_curves_are_in_the_plans_file(surveyed: tuple[nn.Sequential, Survey], tmp_path: Path) -> None:
+    plan = allocate(surveyed[1], ["LowRank"], Budget(parameters=0.5))
+    assert plan.pareto is not None
+    assert plan.pareto.cost == "parameters"
+    assert plan.total is not None
+    assert plan.pareto.chosen[0] == plan.total.parameters
+    assert Plan.load(plan.save(tmp_path / "plan.json")).pareto == plan.pareto
+    record = json.loads((tmp_path / "plan.json").read_text())
+    record["pareto"]["curves"] = 3
+    (tmp_path / "plan.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="pareto"):
+        Plan.load(tmp_path / "plan.json")
 
 
 def test_a_plan_written_by_hand_needs_only_structures(tmp_path: Path) -> None:

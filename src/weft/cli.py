@@ -518,15 +518,24 @@ def _bench_members(
     return members
 
 
-@app.command("report", epilog="Example: weft report run.json -o report.html")
+@app.command("report", epilog="Example: weft report run.json --plan plan.json -o report.html")
 def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="What weft evaluate wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option("--title", help="The page's title.")] = "weft report",
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="The plan, whose curves of all families are drawn.")
+    ] = None,
 ) -> None:
     """Turns a measurement into one self-contained page."""
     report, command = Report.load(run)
-    report.write_html(output, title=title, command=command)
+    curves = None if plan is None else Plan.load(plan).pareto
+    if plan is not None and curves is None:
+        remedy = "pass a plan that weft plan wrote"
+        raise ValueError(checks.fault("--plan", "a plan with curves", plan, remedy))
+    report.write_html(
+        output, title=title, command=command, pareto=None if curves is None else curves.to_json()
+    )
     console.print(report.table())
     console.print(f"wrote {output}")
 

@@ -87,6 +87,7 @@ def demonstrate(
         command=command,
         asked=f"a quarter of the parameters, families: {FAMILIES}, three epochs of fine-tuning",
         log=[*fits, *steps],
+        pareto=None if plan.pareto is None else plan.pareto.to_json(),
     )
 
     again = load(path)
