@@ -1,6 +1,7 @@
 """The page and the pictures: structure, escaping, independence of anything outside, and a real browser."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -78,6 +79,19 @@ LOG = [
 ]
 
 
+PARETO = {
+    "cost": "multiply_adds",
+    "dense": 1000,
+    "curves": {
+        "all": [[100, 2.0], [300, 0.2], [600, 0.02], [1000, 0.0]],
+        "LowRank": [[150, 2.5], [500, 0.3], [1000, 0.0]],
+        HOSTILE: [[100, 2.0], [900, 0.5]],
+        "Nothing": [[1000, 0.0]],
+    },
+    "chosen": [300, 0.2],
+}
+
+
 class Page(HTMLParser):
     """Reads a page: checks that its elements are balanced and keeps what the tests ask about."""
 
@@ -122,6 +136,7 @@ def _source(tmp_path_factory: pytest.TempPathFactory) -> str:
         command="weft demo --out 'a <b>'",
         asked="bytes=0.25 & more",
         log=LOG,
+        pareto=PARETO,
     )
     assert written == path
     return path.read_text(encoding="utf-8")
@@ -129,7 +144,13 @@ def _source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_page_holds_every_section(source: str) -> None:
     page = Page(source)
-    assert page.texts["h2"] == ["Latencies", "Layers", "Training", "To repeat it"]
+    assert page.texts["h2"] == [
+        "Latencies",
+        "Layers",
+        "What each family can reach",
+        "Training",
+        "To repeat it",
+    ]
     assert f"A title {HOSTILE}" in page.texts["h1"]
     assert page.texts["code"] == ["weft demo --out 'a <b>'"]
     assert "bytes=0.25 & more" in page.texts["p"]
@@ -189,7 +210,7 @@ def test_errors_come_from_the_log(source: str) -> None:
 
 
 def test_long_training_is_drawn_with_few_points(source: str) -> None:
-    curve = Page(source).named("polyline")[0]
+    curve = Page(source).named("polyline")[-1]
     points = [tuple(map(float, point.split(","))) for point in str(curve["points"]).split()]
     assert 100 <= len(points) <= 400
     assert points[0][0] == 0
@@ -197,6 +218,36 @@ def test_long_training_is_drawn_with_few_points(source: str) -> None:
     heights = [height for _, height in points]
     assert heights == sorted(heights)  # a falling loss goes down the page
     assert "on a logarithmic scale" in source
+
+
+def test_every_familys_curve_is_drawn_with_the_plans_point_on_it(source: str) -> None:
+    page = Page(source)
+    lines = {
+        str(line["class"]).split()[1]: [
+            tuple(map(float, point.split(","))) for point in str(line["points"]).split()
+        ]
+        for line in page.named("polyline")
+        if len(str(line["class"]).split()) > 1
+    }
+    assert len(lines) == 3  # nothing can be drawn of a family that never loses
+    for points in lines.values():
+        assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y in points)
+        assert points == sorted(points)  # falling losses go down the page
+    best = lines["all"]
+    assert best[0] == (0.0, pytest.approx(100 * math.log(2.5 / 2.0) / math.log(2.5 / 0.02), abs=0.01))
+    chosen = next(span for span in page.named("span") if span.get("class") == "chosen")
+    assert f"left: {best[1][0]}%; top: {best[1][1]}%" == chosen["style"]
+    assert "30.0 % of the multiply-adds" in source
+    assert {"all families together", "LowRank", HOSTILE, "the plan"} <= set(page.texts["li"])
+
+
+def test_curves_without_a_loss_are_left_out(tmp_path: Path) -> None:
+    bare = {"cost": "bytes", "dense": 10, "curves": {"all": [[10, 0.0]]}, "chosen": [10, 0.0]}
+    page = Page(REPORT.write_html(tmp_path / "page.html", pareto=bare).read_text(encoding="utf-8"))
+    assert "What each family can reach" not in page.texts["h2"]
+    single = {"cost": "bytes", "dense": 10, "curves": {"all": [[5, 1.0]]}, "chosen": [5, 1.0]}
+    page = Page(REPORT.write_html(tmp_path / "page.html", pareto=single).read_text(encoding="utf-8"))
+    assert "What each family can reach" in page.texts["h2"]
 
 
 def test_a_page_without_layers_latencies_and_log_is_whole(tmp_path: Path) -> None:

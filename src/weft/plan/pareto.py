@@ -111,7 +111,9 @@ def pareto(
             [
                 (amount, loss)
                 for amount, loss, point in points
-                if family == ALL or isinstance(point.structure, Dense) or type(point.structure).__name__ == family
+                if family == ALL
+                or isinstance(point.structure, Dense)
+                or type(point.structure).__name__ == family
             ]
             for points in layers.values()
         ]
