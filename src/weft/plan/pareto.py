@@ -1,4 +1,4 @@
-"""The network's Pareto curve: the least predicted loss at every cost, of all families together and of each alone.
+"""The network's Pareto curves: the least predicted loss at every cost, of all families together and of each.
 
 With a price on cost every layer takes the candidate of least loss + price · cost; as the price falls the
 choices run along the lower convex hull of what the network can be (Everett 1963).

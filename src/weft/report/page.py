@@ -230,6 +230,12 @@ def _pareto(data: Mapping[str, Any]) -> dict[str, Any] | None:
     """Curves in per cent of the plot's width and height, y downwards; None where there is nothing to draw.
 
     Both scales are logarithmic. A loss of zero has no place there: the dense network is left out.
+
+    Args:
+        data: as a plan's JSON has it.
+
+    Returns:
+        Lines, ticks and the plan's point.
     """
     dense = data["dense"]
     curves = {
