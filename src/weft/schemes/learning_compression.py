@@ -62,7 +62,7 @@ from weft.survey import survey as survey_model
 Members = Mapping[str, StructuredMatrix]
 
 # Rounds over the terms of a sum, and the relative gain in the objective below which they end.
-_ROUNDS, _TOLERANCE = 10, 1e-3
+_ROUNDS, _TOLERANCE = 5, 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -359,7 +359,6 @@ class Learn(Protocol):
             model: the dense network, changed in place.
             penalty: gives μ/2 Σ ‖W_l − Δ(Θ_l) − B_l/μ‖² for it, to be added to the loss of every batch.
             step: which L step this is, from 0.
-
         """
         ...
 
@@ -580,16 +579,13 @@ class _Run:
         }
 
     def compressed(self, model: nn.Module) -> nn.Module:
-        """The network with Δ(Θ) in place of W, in the modes of the given one."""
+        """The network with Δ(Θ) in place of W but where that is dense, in the modes of the given one."""
         small = copy.deepcopy(self.dense)
         modes = {name: module.training for name, module in model.named_modules()}
         for name, module in small.named_modules():
             module.training = modes[name]
         for name, member in self.members.items():
-            if isinstance(member.structure, Dense):
-                with torch.no_grad():
-                    self.weight(small, name).copy_(member.to_dense())
-            else:
+            if not isinstance(member.structure, Dense):
                 small = replace_layer(small, self.survey.layers[name].names, copy.deepcopy(member))
         return small
 
