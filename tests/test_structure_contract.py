@@ -247,6 +247,38 @@ def test_predicted_counts_equal_the_counted_ones(example: Example, shape: Shape)
 
 @each_example
 @each_shape
+def test_a_resized_structure_is_possible_and_at_one_itself(example: Example, shape: Shape) -> None:
+    structure = example.structure(shape)
+    try:
+        same = structure.resized(1.0, shape)
+    except ValueError as refusal:
+        assert "of a size that can change" in str(refusal)  # noqa: PT017  (a family may say no)
+        return
+    assert same == structure
+    for factor in (1e-3, 0.5, 2.0, 1e6):
+        other = structure.resized(factor, shape)
+        assert type(other) is type(structure)
+        other.check(shape)
+
+
+@each_example
+def test_weights_share_a_size_or_the_family_says_no(example: Example) -> None:
+    structure = example.structure(ONE_SHAPE)
+    weights = [random_weight(ONE_SHAPE), 2 * random_weight(ONE_SHAPE)]
+    try:
+        shared = structure.share_out(weights)
+    except ValueError as refusal:
+        assert "of a size that weights can share" in str(refusal)  # noqa: PT017
+        return
+    members = [one.fit(weight) for one, weight in zip(shared, weights, strict=True)]
+    sizes = [member.parameter_count() for member in members]
+    assert sizes[0] <= sizes[1]
+    whole = 2 * structure.fit(weights[0]).parameter_count()
+    assert abs(sum(sizes) - whole) <= 2
+
+
+@each_example
+@each_shape
 def test_bytes_are_those_of_the_saved_tensors(example: Example, shape: Shape) -> None:
     member = member_of(example, shape)
     counted = sum(tensor.nbytes for tensor in member.state_dict().values())

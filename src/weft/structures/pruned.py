@@ -197,7 +197,9 @@ class Pruned(Structure):
             dataclasses.replace(self, density=kept / size) for kept, size in zip(counts, sizes, strict=True)
         ]
 
-    def resized(self, factor: float, shape: Shape) -> "Pruned":
+    def resized(self, factor: float, shape: Shape) -> Structure:
+        if isinstance(self.pattern_of(shape), Among):
+            return super().resized(factor, shape)
         return dataclasses.replace(self, density=min(1.0, self.density * factor))
 
     def check(self, shape: Shape) -> None:
