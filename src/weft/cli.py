@@ -30,6 +30,7 @@ from weft.plan.constraints import Constraints
 from weft.plan.curve_cache import default_folder
 from weft.plan.error_curves import error_curves
 from weft.plan.latency import LatencyTable
+from weft.plan.memory import MemoryTable
 from weft.plan.plan import Plan
 from weft.plan.sensitivity import DIVERGENCES, Sensitivity, measure_sensitivity
 from weft.plan.workers import default_workers
@@ -697,7 +698,12 @@ class _Planner:
                 batch=self.latency_batch,
                 cache=self.cache,
             )
-        return {"curves": curves, "sensitivity": sensitivity, "latency": latency}
+        memory = None
+        if limits.peak_memory is not None:
+            if self.data is None:
+                raise ValueError(checks.fault("--data", "given with a memory budget", "none", "add --data"))
+            memory = MemoryTable(self.network, self.found, self.data.sample_input)
+        return {"curves": curves, "sensitivity": sensitivity, "latency": latency, "memory": memory}
 
     def plan(self, limits: Budget) -> Plan:
         options = self.options
@@ -896,6 +902,8 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
             for name in ("parameters", "bytes", "multiply_adds")
             if (dense := getattr(found.total, name)) and (now := getattr(plan.total, name)) is not None
         ]
+        if plan.peak_memory is not None:
+            parts.append(f"at most {plan.peak_memory:,} bytes in memory")
         console.print("the network: " + ", ".join(parts), highlight=False)
 
 

@@ -476,12 +476,88 @@ def peak_activations(model: nn.Module, batch: Batch) -> int:
             call(model, given)
             peak = torch.cuda.max_memory_allocated(device) - before
         else:
-            peak = _traced_peak(lambda: call(model, given))
+            peak = traced_peak(lambda: call(model, given))
     return math.ceil(peak / max(1, batch_size(batch)))
 
 
-def _traced_peak(run: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator on the CPU held at once for a call."""
+def traced_peak(run: Callable[[], object]) -> int:
+    """Measures the memory that a call takes for a while, by torch's own allocator on the CPU.
+
+    Args:
+        run: what is called.
+
+    Returns:
+        The most bytes that were allocated and not yet freed at once.
+    """
+    return max(itertools.accumulate(size for _, size in _traced(run)[0]), default=0)
+
+
+def activation_profile(
+    model: nn.Module, batch: Batch, layers: Mapping[str, Sequence[nn.Module]]
+) -> tuple[dict[str, int], int]:
+    """Measures what activations take before some layers run, and at the most while none of them does.
+
+    Args:
+        model: the network, on the CPU.
+        batch: its inputs.
+        layers: modules by name.
+
+    Returns:
+        Bytes by name, at the call where they are the most; and the peak outside of all these calls.
+    """
+    handles, begun = [], []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            region = torch.autograd.profiler.record_function(_REGION + name)
+            region.__enter__()
+            begun.append(region)
+
+        return hook
+
+    def leave(*_: object) -> None:
+        begun.pop().__exit__(None, None, None)
+
+    with evaluating(model), torch.inference_mode():
+        call(model, batch)
+        try:
+            for name, modules in layers.items():
+                for module in modules:
+                    handles.append(module.register_forward_pre_hook(enter(name)))
+                    handles.append(module.register_forward_hook(leave))
+            allocations, regions = _traced(lambda: call(model, batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+    before: dict[str, int] = {}
+    outside = live = 0
+    edges = sorted(
+        [
+            *((start, 0, name) for name, start, _ in regions),
+            *((stop, 1, name) for name, _, stop in regions),
+            *((when, 2, size) for when, size in allocations),
+        ],
+        key=lambda edge: edge[0],
+    )
+    inside = 0
+    for _, kind, what in edges:
+        if kind == 0:
+            inside += 1
+            before[str(what)] = max(before.get(str(what), 0), live)
+        elif kind == 1:
+            inside -= 1
+        else:
+            live += int(what)
+            if not inside:
+                outside = max(outside, live)
+    return before, outside
+
+
+_REGION = "weft::"
+
+
+def _traced(run: Callable[[], object]) -> tuple[list[tuple[int, int]], list[tuple[str, int, int]]]:
+    """Allocations as (nanoseconds, bytes, negative where freed), and regions as (name, start, stop)."""
     profiler = torch.autograd.profiler.profile(profile_memory=True)
     with _quiet():
         profiler.__enter__()
@@ -492,9 +568,14 @@ def _traced_peak(run: Callable[[], object]) -> int:
             profiler.__exit__(None, None, None)
     del result
     recorded: Any = profiler.kineto_results
-    events = [event for event in recorded.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes), default=0)
+    events = sorted(recorded.events(), key=lambda event: event.start_ns())
+    allocations = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    regions = [
+        (event.name().removeprefix(_REGION), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in events
+        if event.name().startswith(_REGION)
+    ]
+    return allocations, regions
 
 
 @contextmanager

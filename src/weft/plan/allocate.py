@@ -24,13 +24,14 @@ from weft.plan.budget import Budget
 from weft.plan.constraints import Constraints
 from weft.plan.error_curves import error_curves, undominated
 from weft.plan.latency import LatencyTable
+from weft.plan.memory import MemoryTable
 from weft.plan.pareto import COSTS, pareto
 from weft.plan.plan import Plan
 from weft.plan.sensitivity import Sensitivity, predicted_sensitivity
 from weft.structures import select
 from weft.structures.base import Candidate, Cost, Structure
 from weft.structures.dense import Dense
-from weft.survey import Survey
+from weft.survey import LayerSurvey, Survey
 
 METHODS = ("lagrangian", "uniform")
 
@@ -53,6 +54,7 @@ def allocate(
     curves: Mapping[str, Sequence[Candidate]] | None = None,
     sensitivity: Sensitivity | None = None,
     latency: LatencyTable | None = None,
+    memory: MemoryTable | None = None,
     constraints: Constraints | None = None,
     cache: str | os.PathLike[str] | None = None,
     workers: int = 1,
@@ -71,6 +73,7 @@ def allocate(
         sensitivity: what the layers' errors cost the network, such as `measure_sensitivity(...)` gives; where
             None, predicted from the survey alone.
         latency: times of this machine, for a budget that limits them.
+        memory: bytes in memory, for a budget that limits their peak.
         constraints: what stays dense, and families by layer.
         cache: a folder that keeps error curves between runs; None for none.
         workers: processes that compute error curves, one thread each.
@@ -84,7 +87,7 @@ def allocate(
     Raises:
         ValueError: nothing can meet the budget (the message says the smallest possible), a family or the
             method is unknown, or the budget needs something that is not given: a survey with batches, a
-            latency table, a search over held-out data.
+            latency or memory table, a search over held-out data.
 
     Examples:
         >>> import torch, weft
@@ -98,7 +101,11 @@ def allocate(
     if budget.keep is not None:
         remedy = "call weft.search, which measures every step on held-out data"
         raise ValueError(checks.fault("budget keep", "left to a search", budget.keep, remedy))
-    limits = budget.limits(survey.total, None if latency is None else latency.dense_seconds)
+    limits = budget.limits(
+        survey.total,
+        None if latency is None else latency.dense_seconds,
+        None if memory is None else memory.dense_bytes,
+    )
     if curves is None:
         curves = error_curves(
             survey,
@@ -110,22 +117,19 @@ def allocate(
             worker_memory=worker_memory,
             shown=shown,
         )
-    knapsack = _Knapsack(survey, curves, limits, sensitivity, latency)
-    knapsack.check_reachable()
-    choices = [knapsack.uniform()]
-    if method == "lagrangian":
-        choices += knapsack.priced()
-    choices = [choice for choice in map(knapsack.repair, choices) if knapsack.fits(choice)]
-    if method == "lagrangian":
-        choices = [knapsack.give_back(choice) for choice in choices]
-        exact = knapsack.exact()
-        if exact is not None:
-            choices.append(knapsack.give_back(exact))
-    if not choices:
+    if memory is None or "peak_memory" not in limits:
+        knapsacks = [_Knapsack(survey, curves, limits, sensitivity, latency)]
+    else:
+        knapsacks = _under_activation_bounds(survey, curves, limits, sensitivity, latency, memory)
+    if not any(knapsack.reachable for knapsack in knapsacks):
+        min(knapsacks, key=lambda knapsack: knapsack.excess).check_reachable()
+    solved = [(knapsack, _solve(knapsack, method)) for knapsack in knapsacks if knapsack.reachable]
+    found = [(knapsack, choice) for knapsack, choice in solved if choice is not None]
+    if not found:
         got = ", ".join(f"{name} {limit}" for name, limit in limits.items())
         remedy = "raise one of the limits, or allow more families"
         raise ValueError(checks.fault("budget", "reachable in all its limits together", got, remedy))
-    best = min(choices, key=knapsack.loss)
+    knapsack, best = min(found, key=lambda pair: pair[0].loss(pair[1]))
     chosen = knapsack.points(best)
     total = _rest(survey)
     for point in chosen.values():
@@ -136,6 +140,7 @@ def allocate(
         expected=chosen,
         total=total,
         seconds=knapsack.seconds(best),
+        peak_memory=knapsack.peak_memory(best),
         others={name: _others(curves[name], point, limits) for name, point in chosen.items()},
         pareto=pareto(
             survey,
@@ -147,11 +152,54 @@ def allocate(
     )
 
 
+def _solve(knapsack: "_Knapsack", method: str) -> Choice | None:
+    """The best choice found that meets every limit; None where there is none."""
+    choices = [knapsack.uniform()]
+    if method == "lagrangian":
+        choices += knapsack.priced()
+    choices = [choice for choice in map(knapsack.repair, choices) if knapsack.fits(choice)]
+    if method == "lagrangian":
+        choices = [knapsack.give_back(choice) for choice in choices]
+        exact = knapsack.exact()
+        if exact is not None:
+            choices.append(knapsack.give_back(exact))
+    return min(choices, key=knapsack.loss, default=None)
+
+
+def _under_activation_bounds(
+    survey: Survey,
+    curves: Mapping[str, Sequence[Candidate]],
+    limits: Mapping[str, float],
+    sensitivity: Sensitivity | None,
+    latency: LatencyTable | None,
+    memory: MemoryTable,
+) -> "list[_Knapsack]":
+    """One problem per bound on the activations: weights may take what the bound leaves of the peak."""
+    kept = {name: undominated(curve) for name, curve in curves.items()}
+    memory.prepare((survey.layers[name], point.structure) for name, curve in kept.items() for point in curve)
+    structures = {name: [point.structure for point in curve] for name, curve in kept.items()}
+    return [
+        _Knapsack(
+            survey,
+            {
+                name: [point for point in curve if memory.live(survey.layers[name], point.structure) <= bound]
+                for name, curve in kept.items()
+            },
+            limits,
+            sensitivity,
+            latency,
+            memory,
+            bound,
+        )
+        for bound in memory.thresholds(survey.layers, structures)
+    ]
+
+
 def _others(curve: Sequence[Candidate], chosen: Candidate, limits: Mapping[str, float]) -> dict[str, str]:
     """Why the families that a layer could have had were not chosen."""
     if isinstance(chosen.structure, Dense):
         return {}
-    names = [name for name in limits if name != "latency"]
+    names = [name for name in limits if name in COSTS]
     by_family: dict[str, list[Candidate]] = {}
     for point in curve:
         if type(point.structure) not in {type(chosen.structure), Dense}:
@@ -191,7 +239,10 @@ class _Knapsack:
         limits: Mapping[str, float],
         sensitivity: Sensitivity | None,
         latency: LatencyTable | None,
+        memory: MemoryTable | None = None,
+        activations: int = 0,
     ) -> None:
+        self.activations = activations
         self.names = list(curves)
         self.latency = latency
         self.limit_names = list(limits)
@@ -216,13 +267,15 @@ class _Knapsack:
             for point in curve
         ])
 
+        def amount(limit: str, layer: LayerSurvey, point: Candidate) -> float:
+            if limit == "latency" and timed is not None:
+                return timed.seconds(layer, point.structure)
+            if limit == "peak_memory" and memory is not None:
+                return memory.resident(layer, point.structure)
+            return getattr(point.cost, limit)
+
         def amounts(name: str, point: Candidate) -> list[float]:
-            return [
-                timed.seconds(survey.layers[name], point.structure)
-                if limit == "latency" and timed is not None
-                else getattr(point.cost, limit)
-                for limit in limits
-            ]
+            return [amount(limit, survey.layers[name], point) for limit in limits]
 
         self.costs = np.array([
             amounts(name, point) for name, curve in zip(self.names, kept, strict=True) for point in curve
@@ -232,10 +285,27 @@ class _Knapsack:
         ])
         self.limits = np.array(list(limits.values()))
         rest = _rest(survey)
-        self.room = self.limits - [
-            timed.rest_seconds if limit == "latency" and timed is not None else getattr(rest, limit)
-            for limit in limits
-        ]
+
+        def taken(limit: str) -> float:
+            """What is spent whatever is chosen."""
+            if limit == "latency" and timed is not None:
+                return timed.rest_seconds
+            if limit == "peak_memory" and memory is not None:
+                return memory.rest_bytes + activations
+            return getattr(rest, limit)
+
+        self.room = self.limits - [taken(limit) for limit in limits]
+
+    @property
+    def excess(self) -> float:
+        """By how much of a limit the cheapest candidates still break one, at the most."""
+        least = np.minimum.reduceat(self.costs, self.first, axis=0).sum(0)
+        return float(((least - self.room) / self.limits).max())
+
+    @property
+    def reachable(self) -> bool:
+        """Whether every limit, by itself, can be met."""
+        return self.excess <= 0
 
     def check_reachable(self) -> None:
         """Checks that every limit, by itself, can be met; a ValueError that says the smallest possible."""
@@ -254,6 +324,13 @@ class _Knapsack:
             return None
         column = self.limit_names.index("latency")
         return float(self.costs[choice, column].sum() + self.limits[column] - self.room[column])
+
+    def peak_memory(self, choice: Choice) -> int | None:
+        """The predicted peak of weights and activations; None without a limit on it."""
+        if "peak_memory" not in self.limit_names:
+            return None
+        column = self.limit_names.index("peak_memory")
+        return round(float(self.costs[choice, column].sum() + self.limits[column] - self.room[column]))
 
     def points(self, choice: Choice) -> dict[str, Candidate]:
         """The chosen candidates by layer name."""

@@ -20,6 +20,8 @@ class Budget:
         multiply_adds: multiply-adds per sample; needs a survey with batches.
         latency: share of the dense network's time per call; needs a latency table.
         latency_seconds: seconds per call; needs a latency table.
+        peak_memory: bytes that weights and activations of a call with one sample take at the most, all that
+            structured matrices keep beside their weights included; needs a memory table.
         keep: share of the dense network's metric that must be kept; needs a search over held-out data.
 
     Raises:
@@ -38,6 +40,7 @@ class Budget:
     multiply_adds: float | int | None = None
     latency: float | None = None
     latency_seconds: float | None = None
+    peak_memory: float | int | None = None
     keep: float | None = None
 
     def __post_init__(self) -> None:
@@ -70,12 +73,15 @@ class Budget:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def limits(self, dense: Cost, dense_seconds: float | None = None) -> dict[str, float]:
+    def limits(
+        self, dense: Cost, dense_seconds: float | None = None, dense_memory: int | None = None
+    ) -> dict[str, float]:
         """The absolute limits, that on the kept metric left out.
 
         Args:
             dense: the dense network's cost.
             dense_seconds: its time per call.
+            dense_memory: its peak memory.
 
         Returns:
             Limit by name of a `Cost` field; for "latency" in seconds, the smaller of both.
@@ -94,7 +100,10 @@ class Budget:
                 seconds = limit if name == "latency_seconds" else limit * dense_seconds
                 absolute["latency"] = min(seconds, absolute.get("latency", math.inf))
                 continue
-            total = getattr(dense, name)
+            total = dense_memory if name == "peak_memory" else getattr(dense, name)
+            if total is None:
+                remedy = "pass memory=MemoryTable(...)"
+                raise ValueError(checks.fault(f"budget {name}", "measurable", "no memory table", remedy))
             if not total:
                 remedy = "survey with batches, so that the network is run"
                 raise ValueError(

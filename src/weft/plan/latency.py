@@ -25,7 +25,7 @@ from weft.measure import (
 )
 from weft.progress import track
 from weft.storage import read_json, write_text
-from weft.structures.base import Structure
+from weft.structures.base import Structure, StructuredMatrix
 from weft.structures.dense import Dense
 from weft.survey import LayerSurvey, Survey
 
@@ -115,7 +115,9 @@ class LatencyTable:
         key = self._key(layer, structure)
         if key not in self._known:
             with torch.inference_mode():
-                self._known[key] = self._time(self._call(layer, structure), _LAYER_SECONDS)
+                self._known[key] = self._time(
+                    layer_call(layer, structure, self._calls(layer))[0], _LAYER_SECONDS
+                )
         return self._known[key]
 
     def save(self) -> None:
@@ -136,32 +138,41 @@ class LatencyTable:
     def _calls(self, layer: LayerSurvey) -> int:
         return max(1, round(self.batch * layer.calls))
 
-    def _call(self, layer: LayerSurvey, structure: Structure) -> Callable[[], Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        calls, shape, geometry = self._calls(layer), layer.shape, layer.geometry
-        if layer.lookup:
-            indices = torch.randint(shape[0], (calls,), generator=generator)
-            weight = torch.randn(shape, generator=generator)
-            if isinstance(structure, Dense):
-                return lambda: F.embedding(indices, weight)
-            member = structure.initialise(shape, generator=generator).eval()
-            return lambda: member.rows(indices)
-        member = (
-            None if isinstance(structure, Dense) else structure.initialise(shape, generator=generator).eval()
-        )
-        weight = torch.randn(shape if member is None else (), generator=generator)
-        if geometry is None:
-            x = torch.randn(calls, shape[1], generator=generator)
-            bias = torch.randn(shape[0], generator=generator)
-            if member is None:
-                return lambda: F.linear(x, weight, bias)
-            return lambda: member.affine(x, bias)
-        size = geometry.input_size or (1,) * len(geometry.stride)
-        images = torch.randn(calls, shape[1] * geometry.groups, *size, generator=generator)
-        plain = replace(geometry, input_size=None)
+
+def layer_call(
+    layer: LayerSurvey, structure: Structure, calls: int
+) -> tuple[Callable[[], Tensor], StructuredMatrix | None]:
+    """A layer to run by itself, with random inputs of the size that the survey saw.
+
+    Args:
+        layer: the layer's survey.
+        structure: what stands in for its weight, as a random member.
+        calls: vectors, lookups or images at a time.
+
+    Returns:
+        What runs it, and the member; None for the dense layer.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape, geometry = layer.shape, layer.geometry
+    member = None if isinstance(structure, Dense) else structure.initialise(shape, generator=generator).eval()
+    weight = torch.randn(shape if member is None else (), generator=generator)
+    if layer.lookup:
+        indices = torch.randint(shape[0], (calls,), generator=generator)
         if member is None:
-            return lambda: plain.convolve(images, weight)
-        return lambda: member.convolve(images, plain)
+            return lambda: F.embedding(indices, weight), None
+        return lambda: member.rows(indices), member
+    if geometry is None:
+        x = torch.randn(calls, shape[1], generator=generator)
+        bias = torch.randn(shape[0], generator=generator)
+        if member is None:
+            return lambda: F.linear(x, weight, bias), None
+        return lambda: member.affine(x, bias), member
+    size = geometry.input_size or (1,) * len(geometry.stride)
+    images = torch.randn(calls, shape[1] * geometry.groups, *size, generator=generator)
+    plain = replace(geometry, input_size=None)
+    if member is None:
+        return lambda: plain.convolve(images, weight), None
+    return lambda: member.convolve(images, plain), member
 
 
 def _file(folder: Path) -> Path:

@@ -27,6 +27,8 @@ class Plan(Mapping[str, Structure]):
         total: the whole network's predicted cost.
         source: the model source, recorded for the next verb.
         seconds: the predicted time per call; None where the budget does not limit it.
+        peak_memory: the predicted peak of weights and activations of a call with one sample, in bytes; None
+            where the budget does not limit it.
         others: layer name -> family -> why it was not chosen.
         pareto: the network's Pareto curves, all families together and each alone, with the plan's own point;
             None for a plan made by hand.
@@ -38,6 +40,7 @@ class Plan(Mapping[str, Structure]):
     total: Cost | None = None
     source: str = ""
     seconds: float | None = None
+    peak_memory: int | None = None
     others: dict[str, dict[str, str]] = field(default_factory=dict, compare=False)
     pareto: Pareto | None = field(default=None, compare=False)
 
@@ -73,6 +76,7 @@ class Plan(Mapping[str, Structure]):
             "budget": None if self.budget is None else self.budget.given(),
             "total": None if self.total is None else asdict(self.total),
             "seconds": self.seconds,
+            "peak_memory": self.peak_memory,
             "layers": layers,
             "pareto": None if self.pareto is None else self.pareto.to_json(),
         }
@@ -122,8 +126,8 @@ class Plan(Mapping[str, Structure]):
             pareto = Pareto.from_json(data["pareto"]) if data.get("pareto") else None
         except (TypeError, ValueError) as error:
             raise ValueError(f"budget, total or curves of {path}: {error}") from error
-        source, seconds = data.get("source", ""), data.get("seconds")
-        return cls(structures, budget, expected, total, source, seconds, others, pareto)
+        source, seconds, memory = (data.get(name) for name in ("source", "seconds", "peak_memory"))
+        return cls(structures, budget, expected, total, source or "", seconds, memory, others, pareto)
 
 
 def _checked(entry: object) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from weft.plan.budget import Budget
 from weft.plan.constraints import Constraints
 from weft.plan.error_curves import error_curves
 from weft.plan.latency import LatencyTable
+from weft.plan.memory import MemoryTable
 from weft.plan.plan import Plan
 from weft.plan.sensitivity import Sensitivity
 from weft.progress import track
@@ -57,6 +58,7 @@ def search(
     curves: Mapping[str, Sequence[Candidate]] | None = None,
     sensitivity: Sensitivity | None = None,
     latency: LatencyTable | None = None,
+    memory: MemoryTable | None = None,
     constraints: Constraints | None = None,
     workers: int = 1,
     ray: str | None = None,
@@ -84,6 +86,7 @@ def search(
         curves: error curves that are already known.
         sensitivity: what the layers' errors cost the network.
         latency: times of this machine, where time is limited or minimised.
+        memory: bytes in memory, where their peak is limited.
         constraints: what stays dense, and families by layer.
         workers: processes that compute curves and fit, one thread each.
         ray: "local" or the address of a Ray cluster, in place of the processes.
@@ -145,6 +148,7 @@ def search(
                 curves=curves,
                 sensitivity=sensitivity,
                 latency=latency,
+                memory=memory,
                 shown=False,
             )
         except ValueError:
