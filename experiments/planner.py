@@ -7,7 +7,7 @@
 Calibrated on 1,000 samples without labels; evaluated on others that no choice depends on. A single family
 takes the same share of every layer ("uniform"); the planner chooses family and size for every layer
 ("plan"), and then also fits the layers in sequence ("sequential"). All are fitted in the same metrics and
-corrected alike. Rows go one by one to experiments/results/planner.json, and those that are there are kept:
+corrected alike. Rows go one by one to experiments/results/planner_*.json, and those that are there are kept:
 give --fresh to measure them again. Skips with a message where packages or data are absent.
 """
 
@@ -40,21 +40,12 @@ from weft.structures.base import Candidate
 from weft.survey import Survey
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "planner.json"
 CACHE = HERE.parent / "build" / "planner"
 # Families whose curves take minutes for 22 million parameters.
 SENTENCE_FAMILIES = ("LowRank", "Quantized", "DividedRows")
 # Those that build on others have nothing to choose from alone.
 WRAPPERS = ("DividedRows",)
-KERNEL_FAMILIES = (
-    "LowRank",
-    "Separable",
-    "Tucker",
-    "CanonicalPolyadic",
-    "TensorTrain",
-    "Quantized",
-    "DividedRows",
-)
+KERNEL_FAMILIES = ("LowRank", "Separable", "Tucker", "CanonicalPolyadic", "Quantized")
 
 
 @dataclass(frozen=True)
@@ -94,8 +85,8 @@ def cifar_network() -> Setting:
         return {"accuracy": accuracy(network, held_out)}
 
     budgets = (
-        *(("multiply_adds", share) for share in (0.75, 0.5, 0.35, 0.25)),
-        *(("bytes", share) for share in (0.15, 0.1, 0.075)),
+        *(("multiply_adds", share) for share in (0.5, 0.35, 0.25, 0.75)),
+        *(("bytes", share) for share in (0.1, 0.15)),
     )
     survey = weft.survey(model, calibration)
     return Setting(
@@ -107,11 +98,13 @@ SETTINGS: Mapping[str, Callable[[], Setting]] = {"minilm": sentence_encoder, "re
 
 
 class Rows:
-    """The results' file, written row by row."""
+    """One part's results file, written row by row."""
 
-    def __init__(self, fresh: Sequence[str] = ()) -> None:
-        record = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"rows": []}
-        self.rows = [row for row in record["rows"] if row["network"] not in fresh]
+    def __init__(self, part: str, *, fresh: bool = False) -> None:
+        self.path = HERE / "results" / f"planner_{part}.json"
+        self.part, self.rows = part, []
+        if self.path.exists() and not fresh:
+            self.rows = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The row with these entries."""
@@ -121,12 +114,12 @@ class Rows:
         self.rows.append(row)
         record = {
             "experiment": "planner",
-            "command": "python experiments/planner.py",
+            "command": f"python experiments/planner.py {self.part}",
             "environment": surroundings("transformers"),
             "rows": self.rows,
         }
-        RESULTS.parent.mkdir(exist_ok=True)
-        write_text(RESULTS, json.dumps(record, indent=1) + "\n")
+        self.path.parent.mkdir(exist_ok=True)
+        write_text(self.path, json.dumps(record, indent=1) + "\n")
         print(json.dumps({name: value for name, value in row.items() if name != "plan"}), flush=True)
 
 
@@ -248,7 +241,7 @@ def keep(rows: Rows) -> None:
 
 
 def show(rows: Rows) -> None:
-    """Prints a table per network and one of the searches."""
+    """Prints a part's table."""
     console = Console(width=150)
     for network in SETTINGS:
         own = [row for row in rows.rows if row["network"] == network and "share" in row]
@@ -293,10 +286,9 @@ def main() -> None:
     parser.add_argument("part", nargs="*", choices=[*SETTINGS, "keep", []])
     parser.add_argument("--fresh", action="store_true", help="measure the rows again")
     arguments = parser.parse_args()
-    parts = arguments.part or [*SETTINGS, "keep"]
-    rows = Rows(parts if arguments.fresh else ())
     torch.manual_seed(0)
-    for part in parts:
+    for part in arguments.part or [*SETTINGS, "keep"]:
+        rows = Rows(part, fresh=arguments.fresh)
         try:
             if part == "keep":
                 keep(rows)
@@ -304,7 +296,7 @@ def main() -> None:
                 compare(SETTINGS[part](), rows)
         except FileNotFoundError as error:
             print(f"skipped: {error}")
-    show(rows)
+        show(rows)
 
 
 if __name__ == "__main__":

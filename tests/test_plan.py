@@ -19,13 +19,14 @@ from torch.nn.utils import parametrizations
 
 import weft
 from tests.examples import Example, each_example, each_family
-from weft.measure import network_cost
+from weft.measure import footprint, network_cost, peak_activations
 from weft.plan.advice import advise
 from weft.plan.allocate import allocate
 from weft.plan.budget import Budget
 from weft.plan.constraints import Constraints
 from weft.plan.error_curves import error_curves, undominated
 from weft.plan.latency import LatencyTable
+from weft.plan.memory import MemoryTable
 from weft.plan.pareto import pareto
 from weft.plan.plan import Plan, check_plan
 from weft.plan.sensitivity import (
@@ -335,6 +336,72 @@ def test_advice_names_the_fastest_quarter_or_why_to_leave_a_layer_dense(
     assert "takes 2.000 ms, the dense layer 1.000 ms" in (found["3"].reason or "")
     assert found["8"].structure == LowRank(1)
     assert advise(table, survey, [Dense])["8"].reason == "no family has a structure of 25% of its parameters"
+
+
+class Wide(nn.Module):
+    """One layer's activations make the peak, another's weight does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Conv2d(3, 32, 3, padding=1)
+        self.down = nn.Conv2d(32, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 16 * 16, 100)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.down(self.up(x))).flatten(1))
+
+
+Remembered = tuple[nn.Module, Survey, MemoryTable, torch.Tensor]
+
+
+@pytest.fixture(name="remembered", scope="module")
+def _remembered() -> Remembered:
+    torch.manual_seed(0)
+    model = Wide().eval()
+    x = torch.randn(8, 3, 16, 16)
+    survey = weft.survey(model, [x])
+    return model, survey, MemoryTable(model, survey, x), x[:1]
+
+
+def test_the_dense_peak_is_what_one_call_takes(remembered: Remembered) -> None:
+    model, survey, table, x = remembered
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert table.dense_bytes == pytest.approx(weights + peak_activations(model, x), rel=0.01)
+    assert table.live(survey.layers["up"], Dense()) >= 32 * 16 * 16 * 4
+    assert table.live(survey.layers["down"], Dense()) >= (32 + 4) * 16 * 16 * 4  # its input is still there
+
+
+@pytest.mark.parametrize("share", [0.6, 0.4])
+def test_a_plan_for_a_peak_of_memory_keeps_it(remembered: Remembered, share: float) -> None:
+    model, survey, table, x = remembered
+    plan = allocate(survey, ["LowRank"], Budget(peak_memory=share), memory=table)
+    assert plan.peak_memory is not None
+    assert plan.peak_memory <= share * table.dense_bytes
+    small, _ = weft.compress(model, plan, survey)
+    taken = footprint(small).memory + peak_activations(small, x)
+    assert taken == pytest.approx(plan.peak_memory, rel=0.05)
+    assert taken <= 1.05 * share * table.dense_bytes
+
+
+def test_a_peak_that_nothing_can_meet_says_the_smallest_possible(remembered: Remembered) -> None:
+    _, survey, table, _ = remembered
+    expected = r"budget peak_memory must be at least (\d+), the smallest possible"
+    with pytest.raises(ValueError, match=expected) as error:
+        allocate(survey, ["LowRank"], Budget(peak_memory=1000), memory=table)
+    least = int(re.findall(r"at least (\d+)", str(error.value))[0])
+    allocate(survey, ["LowRank"], Budget(peak_memory=least), memory=table)
+    with pytest.raises(ValueError, match="memory table"):
+        allocate(survey, ["LowRank"], Budget(peak_memory=0.5))
+    with pytest.raises(ValueError, match="one with data"):
+        MemoryTable(Wide(), weft.survey(Wide()), torch.randn(1, 3, 16, 16))
+
+
+def test_memory_and_multiply_adds_are_limited_together(remembered: Remembered) -> None:
+    _, survey, table, _ = remembered
+    plan = allocate(survey, ["LowRank"], Budget(peak_memory=0.7, multiply_adds=0.4), memory=table)
+    assert plan.total is not None
+    assert plan.total.multiply_adds <= 0.4 * survey.total.multiply_adds
+    assert (plan.peak_memory or 0) <= 0.7 * table.dense_bytes
 
 
 def test_latency_needs_times_and_times_need_data(surveyed: tuple[nn.Sequential, Survey]) -> None:

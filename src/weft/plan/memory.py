@@ -117,7 +117,7 @@ class MemoryTable:
     def thresholds(
         self, layers: Mapping[str, LayerSurvey], structures: Mapping[str, Sequence[Structure]], most: int = 12
     ) -> list[int]:
-        """Bounds on the activations between which a plan may choose: the lower, the more the weights may take.
+        """Bounds on the activations for a plan to choose from: the lower, the more the weights may take.
 
         Args:
             layers: the surveys.
