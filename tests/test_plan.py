@@ -372,7 +372,7 @@ def test_the_dense_peak_is_what_one_call_takes(remembered: Remembered) -> None:
     assert table.live(survey.layers["down"], Dense()) >= (32 + 4) * 16 * 16 * 4  # its input is still there
 
 
-@pytest.mark.parametrize("share", [0.6, 0.4])
+@pytest.mark.parametrize("share", [0.7, 0.5])
 def test_a_plan_for_a_peak_of_memory_keeps_it(remembered: Remembered, share: float) -> None:
     model, survey, table, x = remembered
     plan = allocate(survey, ["LowRank"], Budget(peak_memory=share), memory=table)
