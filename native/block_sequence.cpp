@@ -21,7 +21,7 @@ constexpr std::int64_t worth_a_thread = 256 * 1024;
 
 struct Scratch {
     std::vector<float> floats;
-    std::vector<ColumnsSegment> segments;
+    std::vector<ColumnsSegment> segments, next;
 };
 
 Scratch &scratch() {
@@ -63,24 +63,22 @@ public:
     explicit Interpreter(const BlockSequence &p)
         : p_(p), kernel_(columns_product_kernel()) {}
 
-    // Runs the steps of the group that starts at `at`; returns where the next one starts.
-    const std::int64_t *group(const std::int64_t *at, const Vectors &v) const {
-        std::vector<ColumnsSegment> &segments = scratch().segments;
-        const std::int64_t steps = at[1];
-        at += 2;
-        for (std::int64_t step = 0; step < steps; ++step) {
-            const std::int64_t space = at[0], offset = at[1], size = at[2], count = at[3];
-            at += 4;
-            if (segments.size() < static_cast<std::size_t>(count)) segments.resize(static_cast<std::size_t>(count));
-            for (std::int64_t s = 0; s < count; ++s, at += 6) {
-                const bool state = at[3] == program::state;
-                segments[static_cast<std::size_t>(s)] = {p_.matrices[at[0]] + at[1], at[2],
-                                                         (state ? v.states : v.input) + at[4],
-                                                         state ? v.state_count : v.inputs, at[5]};
-            }
-            const bool output = space == program::output;
-            kernel_({segments.data(), count, output && v.bias != nullptr ? v.bias + offset : nullptr,
-                     (output ? v.output : v.states) + offset, output ? v.outputs : v.state_count, v.batch, size});
+    // Runs `groups` groups, the first of which starts at `at`; returns where the next one starts.
+    const std::int64_t *run_groups(const std::int64_t *at, std::int64_t groups, const Vectors &v) const {
+        Scratch &memory = scratch();
+        std::int64_t steps = 0;  // still to be read of the group
+        Step step, following;
+        bool there = read(at, groups, steps, v, memory.segments, step);
+        while (there) {
+            const bool more = read(at, groups, steps, v, memory.next, following);
+            const bool output = step.space == program::output;
+            kernel_({memory.segments.data(), step.count, more && following.count > 0 ? memory.next.data() : nullptr,
+                     output && v.bias != nullptr ? v.bias + step.offset : nullptr,
+                     (output ? v.output : v.states) + step.offset, output ? v.outputs : v.state_count, v.batch,
+                     step.size});
+            memory.segments.swap(memory.next);
+            step = following;
+            there = more;
         }
         return at;
     }
@@ -99,10 +97,33 @@ public:
     }
 
 private:
+    struct Step {
+        std::int64_t space, offset, size, count;
+    };
+
+    // Reads the step at `at` and goes on behind it; false where the groups are at their end.
+    bool read(const std::int64_t *&at, std::int64_t &groups, std::int64_t &steps, const Vectors &v,
+              std::vector<ColumnsSegment> &segments, Step &step) const {
+        for (; steps == 0; at += 2) {
+            if (groups == 0) return false;
+            --groups;
+            steps = at[1];
+        }
+        --steps;
+        step = {at[0], at[1], at[2], at[3]};
+        at += 4;
+        if (segments.size() < static_cast<std::size_t>(step.count)) segments.resize(static_cast<std::size_t>(step.count));
+        for (std::int64_t s = 0; s < step.count; ++s, at += 6) {
+            const bool state = at[3] == program::state;
+            segments[static_cast<std::size_t>(s)] = {p_.matrices[at[0]] + at[1], at[2],
+                                                     (state ? v.states : v.input) + at[4],
+                                                     state ? v.state_count : v.inputs, at[5]};
+        }
+        return true;
+    }
+
     const std::int64_t *phase_here(const std::int64_t *at, const Vectors &v) const {
-        const std::int64_t groups = *at++;
-        for (std::int64_t g = 0; g < groups; ++g) at = group(at, v);
-        return at;
+        return run_groups(at + 1, at[0], v);
     }
 
     // Consecutive groups with about the same number of multiply-adds for each thread.
@@ -118,14 +139,17 @@ private:
             std::clamp<std::int64_t>(total * v.batch / worth_a_thread, 1, std::min<std::int64_t>(threads, groups));
         if (parts <= 1) return phase_here(at - 1, v);
         parallel_or_throw(parts, [&](int part) {
-            const std::int64_t *mine = at;
-            std::int64_t before = 0;
+            // A group belongs to the part that its middle falls into: each part has groups that follow each other.
+            const std::int64_t *at_group = at, *first = nullptr;
+            std::int64_t before = 0, mine = 0;
             for (std::int64_t g = 0; g < groups; ++g) {
-                // A group belongs to the part that its middle falls into.
-                const std::int64_t owner = total > 0 ? std::min(parts - 1, (2 * before + mine[0]) * parts / (2 * total)) : 0;
-                before += mine[0];
-                mine = owner == part ? group(mine, v) : beyond_group(mine);
+                const std::int64_t work = at_group[0];
+                const std::int64_t owner = total > 0 ? std::min(parts - 1, (2 * before + work) * parts / (2 * total)) : 0;
+                if (owner == part && mine++ == 0) first = at_group;
+                before += work;
+                at_group = beyond_group(at_group);
             }
+            if (mine > 0) run_groups(first, mine, v);
         });
         return end;
     }

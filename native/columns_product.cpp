@@ -36,16 +36,25 @@ inline void one_input(const weft::ColumnsProduct &p, Strip<Vectors> strip) {
         for (int v = 0; v < Vectors; ++v)
             sums[u][v] = u == 0 && p.bias != nullptr ? load<Narrow>(p.bias + strip.first + strip.at(v), strip.lanes)
                                                      : Vector::zero();
+    constexpr std::int64_t early = 768 / (Vectors * Vector::width);  // rows, hence some lines of the cache
     for (std::int64_t s = 0; s < p.segment_count; ++s) {
         const weft::ColumnsSegment segment = p.segments[s];
+        const weft::ColumnsSegment then = s + 1 < p.segment_count ? p.segments[s + 1] : p.next != nullptr ? *p.next : segment;
         const float *row = segment.matrix + strip.first;
+        const std::int64_t own = segment.count > early ? segment.count - early : 0;
         std::int64_t k = 0;
-        for (; k + Unroll <= segment.count; k += Unroll)
-            for (int u = 0; u < Unroll; ++u, row += segment.matrix_stride) {
-                const Vector value = Vector::fill(segment.source[k + u]);
-                for (int v = 0; v < Vectors; ++v)
-                    sums[u][v] = sums[u][v].add_product(load<Narrow>(row + strip.at(v), strip.lanes), value);
-            }
+        const auto rows = [&](std::int64_t end, const float *ahead, std::int64_t ahead_stride) {
+            for (; k + Unroll <= end; k += Unroll)
+                for (int u = 0; u < Unroll; ++u, row += segment.matrix_stride, ahead += ahead_stride) {
+                    const Vector value = Vector::fill(segment.source[k + u]);
+                    for (int v = 0; v < Vectors; ++v) {
+                        fetch_ahead(ahead + strip.at(v));
+                        sums[u][v] = sums[u][v].add_product(load<Narrow>(row + strip.at(v), strip.lanes), value);
+                    }
+                }
+        };
+        rows(own, row + early * segment.matrix_stride, segment.matrix_stride);
+        rows(segment.count, then.matrix + strip.first, then.matrix_stride);
         for (; k < segment.count; ++k, row += segment.matrix_stride) {
             const Vector value = Vector::fill(segment.source[k]);
             for (int v = 0; v < Vectors; ++v)

@@ -20,6 +20,9 @@ struct ColumnsSegment {
 struct ColumnsProduct {
     const ColumnsSegment *segments;
     std::int64_t segment_count;  // none at all gives the bias, or zeros
+    // The first that the next product will read, or null: for one input its rows are fetched while the last ones of
+    // this product are computed, as no processor foresees the way from block to block.
+    const ColumnsSegment *next;
     const float *bias;           // (outputs,), or null
     float *out;                  // (batch, outputs), rows out_stride apart
     std::int64_t out_stride;

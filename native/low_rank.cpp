@@ -41,11 +41,11 @@ void low_rank_apply(const LowRankProduct &p, int threads) {
 
     const auto to_hidden = [&](std::int64_t first, std::int64_t batch, Range rows, float *hidden) {
         kernel({p.x + first * p.inputs, p.inputs, p.right + rows.begin * p.inputs, nullptr,
-                hidden + rows.begin, p.rank, batch, rows.size, p.inputs});
+                hidden + rows.begin, p.rank, batch, rows.size, p.inputs, p.left});
     };
     const auto to_out = [&](std::int64_t first, std::int64_t batch, Range rows, const float *hidden) {
         kernel({hidden, p.rank, p.left + rows.begin * p.rank, p.bias != nullptr ? p.bias + rows.begin : nullptr,
-                p.out + first * p.outputs + rows.begin, p.outputs, batch, rows.size, p.rank});
+                p.out + first * p.outputs + rows.begin, p.outputs, batch, rows.size, p.rank, nullptr});
     };
 
     const std::int64_t work = p.batch * p.rank * (p.inputs + p.outputs);

@@ -106,7 +106,7 @@ void by_decoded_rows(const QuantizedProduct &p, const float *x, int threads) {
             for (std::int64_t r = 0; r < count; ++r)
                 decode_row(m, leaf, row + r, all_codes + part * codes_each, decoded + r * m.inputs);
             product({x, m.inputs, decoded, p.bias != nullptr ? p.bias + row : nullptr, p.out + row, m.outputs, p.batch,
-                     count, m.inputs});
+                     count, m.inputs, nullptr});
         }
     });
 }

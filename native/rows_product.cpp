@@ -14,11 +14,18 @@ inline void tile(const weft::RowsProduct &p, std::int64_t row, std::int64_t inpu
 
     const float *x = p.x + input * p.x_stride;
     const float *rows = p.rows + row * p.columns;
+    // One input reads every row once: the next ones are fetched while these are computed, at least so far ahead
+    // that they come in time.
+    constexpr std::int64_t least_ahead = 512;
+    const bool last = row + 2 * Rows > p.count && p.then != nullptr;
+    const std::int64_t distance = Rows * p.columns < least_ahead ? least_ahead : Rows * p.columns;
+    const float *ahead = last ? p.then : rows + distance;
     std::int64_t k = 0;
     for (; k + Vector::width <= p.columns; k += Vector::width) {
         Vector values[Batch];
         for (int b = 0; b < Batch; ++b) values[b] = Vector::load(x + b * p.x_stride + k);
         for (int r = 0; r < Rows; ++r) {
+            if (Batch == 1) fetch_ahead(ahead + r * p.columns + k);
             const Vector weights = Vector::load(rows + r * p.columns + k);
             for (int b = 0; b < Batch; ++b) sums[b][r] = sums[b][r].add_product(weights, values[b]);
         }

@@ -15,6 +15,7 @@ struct RowsProduct {
     std::int64_t batch;
     std::int64_t count;
     std::int64_t columns;
+    const float *then;        // what will be read after the last rows, or null
 };
 
 using RowsProductKernel = void (*)(const RowsProduct &);

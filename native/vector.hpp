@@ -139,6 +139,17 @@ struct Vector {
 
 #endif
 
+// Asks for the line of the cache that an address lies in, which need not be one that may be read.
+inline void fetch_ahead(const float *at) {
+#if defined(__AVX2__) || defined(__AVX512F__)
+    _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T0);
+#elif defined(__GNUC__) || defined(__clang__)
+    __builtin_prefetch(at);
+#else
+    (void)at;
+#endif
+}
+
 // The sums of four vectors, plus `bias[0..3]` where there is one, stored in out[0..3].
 inline void store_four_sums(Vector a, Vector b, Vector c, Vector d, const float *bias, float *out) {
 #if defined(__AVX2__) || defined(__AVX512F__)

@@ -131,6 +131,20 @@ def test_forward_equals_the_dense_product(example: Example, shape: Shape, batch:
 
 @each_example
 @each_shape
+def test_kernels_and_their_references_give_the_same_product(example: Example, shape: Shape) -> None:
+    """A gradient to record takes the composition of PyTorch's operations, its absence the native code."""
+    member = member_of(example, shape)
+    x = torch.randn(3, member.inputs, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        native = member(x)
+        scale = float(x.norm() * member.to_dense().norm())
+    composed = member(x.clone().requires_grad_())
+    assert composed.requires_grad
+    assert float((native - composed).norm()) <= 1e-5 * max(scale, 1e-30)
+
+
+@each_example
+@each_shape
 def test_affine_adds_the_bias(example: Example, shape: Shape) -> None:
     member = member_of(example, shape, torch.float64)
     x = torch.randn(4, member.inputs, dtype=torch.float64)
