@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from weft import load
+from weft import compress, load, save
 from weft.cli import app, main
+from weft.sources import load_model
+from weft.structures.low_rank import LowRank
 
 MODELS = """
 import torch
@@ -300,3 +302,61 @@ def test_families_lists_the_folder(
 ) -> None:
     assert weft(monkeypatch, "families") == 0
     assert "LowRank" in capsys.readouterr().out
+
+
+def test_finetune_takes_every_option_and_goes_on_where_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "compress models.py:network --data digits --budget bytes=0.3 --samples 128 -o small.safetensors"
+    assert weft(monkeypatch, command) == 0
+    options = (
+        "finetune small.safetensors --data digits --epochs 2 --learning-rate 1e-2,1e-4 --optimiser rmsprop "
+        "--schedule linear --weight-decay 1e-4 --label-share 0.5 --temperature 3 --features 3 "
+        "--validation 0.2 --patience 2 --augment shift=1,rotation=5 --batch-size 128 --accumulate 2 "
+        "--clip 1 --amp --batch-norm --seed 3 --log run.jsonl --checkpoint run --checkpoint-seconds 0 "
+        "-o tuned.safetensors"
+    )
+    assert weft(monkeypatch, options) == 0
+    assert "accuracy on the 20% held out: " in capsys.readouterr().out
+    lines = [json.loads(line) for line in Path("run.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(10))
+    assert len([line for line in lines if "metric" in line]) == 2
+    first = load("tuned.safetensors").state_dict()
+    assert weft(monkeypatch, options) == 0  # it was finished: nothing is trained again
+    assert len(Path("run.jsonl").read_text().splitlines()) == len(lines)
+    again = load("tuned.safetensors").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    capsys.readouterr()
+    assert weft(monkeypatch, options.replace("--seed 3", "--seed 4")) == 2
+    assert "seed 3 there, 4 here" in capsys.readouterr().err
+    assert weft(monkeypatch, "evaluate tuned.safetensors --data digits --batches 1 -o eval.json") == 0
+    assert weft(monkeypatch, "report eval.json --log run.jsonl -o page.html") == 0
+    assert "Loss over 10 steps" in Path("page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--learning-rate fast", "--learning-rate must be numbers above 0, separated by commas, got 'fast'"),
+        ("--optimiser magic", "optimiser must be one of 'adamw', 'adam', 'rmsprop', 'sgd', got 'magic'"),
+        ("--schedule none", "schedule must be one of 'cosine', 'linear', 'constant', got 'none'"),
+        ("--patience 2", "validation must be given with patience, got None"),
+        ("--learning-rate 1e-3,1e-4", "validation must be given with rates, got None"),
+        ("--validation 1.5", "--validation must be a share above 0 and at most 1, got 1.5"),
+        ("--augment zoom=2", "augment must be such as shift=2,rotation=10,flip, got 'zoom=2'"),
+        ("--features nothing", "features must be a module of the student, got 'nothing'"),
+        ("--labels --batch-norm", "teacher must be given with batch_norm, got None"),
+        ("--log none/run.jsonl", "log must be in an existing folder, got none/run.jsonl"),
+    ],
+)
+def test_finetune_refuses_what_makes_no_sense(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: str,
+    message: str,
+) -> None:
+    network, _ = compress(load_model("models.py:network"), {"4": LowRank(2)})
+    save(network, "small.safetensors", source="models.py:network")
+    assert weft(monkeypatch, f"finetune small.safetensors --data digits {options}") == 2
+    assert message in capsys.readouterr().err

@@ -249,6 +249,17 @@ def test_curves_without_a_loss_are_left_out(tmp_path: Path) -> None:
     assert "What each family can reach" in page.texts["h2"]
 
 
+def test_metric_and_size_have_curves_of_their_own_where_they_change(tmp_path: Path) -> None:
+    log = [{"step": step, "loss": 1 / (step + 1), "size": 100 - step // 4} for step in range(8)]
+    log += [{"step": 8, "metric": value} for value in (0.5, float("nan"), 0.9)]
+    source = REPORT.write_html(tmp_path / "page.html", log=log).read_text(encoding="utf-8")
+    assert len(Page(source).named("polyline")) == 3
+    assert "Metric over 2 epochs: 0.5 at the first, 0.9 on average" in source
+    assert "Size in bytes over 8 steps" in source
+    same = [{**entry, "size": 100} for entry in log if "loss" in entry]
+    assert len(Page(REPORT.write_html(tmp_path / "page.html", log=same).read_text()).named("polyline")) == 1
+
+
 def test_a_page_without_layers_latencies_and_log_is_whole(tmp_path: Path) -> None:
     bare = Report("accuracy", 0.0, float("nan"), Cost(), Cost(), [], [], {})
     page = Page(bare.write_html(tmp_path / "bare.html").read_text(encoding="utf-8"))

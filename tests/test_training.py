@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tests.examples import EXAMPLES, Example, each_example
 from weft.layers.linear import StructuredLinear
 from weft.schemes.checkpoint import Checkpoint, read_state, write_state
+from weft.schemes.corrections import correct_batch_norm
 from weft.schemes.fine_tune import fine_tune
 from weft.schemes.log import Log, read_log
 from weft.schemes.objective import Objective
@@ -225,6 +226,27 @@ def test_features_that_do_not_exist_are_refused() -> None:
         fine_tune(network(), batches(), teacher=network(), features=("layer9",))
     with pytest.raises(ValueError, match="teacher must be given with features, got None"):
         fine_tune(network(), batches(), features=("1",))
+
+
+def test_batch_norm_is_corrected_before_training_and_once_only(tmp_path: Path) -> None:
+    teacher = network()
+    for _ in range(30):
+        teacher(torch.randn(50, 8) + 1)
+    teacher.eval()
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student[0].weight.mul_(0.5)
+    student[1].momentum = 0.0  # training leaves the statistics alone
+    data = [x + 1 for x, _ in batches()]
+    expected = copy.deepcopy(student)
+    correct_batch_norm(expected, teacher, data)
+    tuned = fine_tune(student, data, teacher=teacher, batch_norm=True).model
+    torch.testing.assert_close(tuned[1].running_mean, expected[1].running_mean)
+    torch.testing.assert_close(tuned[1].running_var, expected[1].running_var)
+    again = fine_tune(tuned, data, teacher=teacher, batch_norm=True, learning_rate=1e-12).model
+    torch.testing.assert_close(again[1].running_var, tuned[1].running_var, rtol=0.1, atol=1e-3)
+    with pytest.raises(ValueError, match="teacher must be given with batch_norm, got None"):
+        fine_tune(student, batches(), batch_norm=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -434,6 +456,17 @@ def test_a_scheme_of_stages_keeps_its_own_state_beside_the_loops(tmp_path: Path)
         model, again = run(f"killed{stop}")
         assert_same(model, whole)
         assert [entry.get("loss") for entry in again.entries] == [entry.get("loss") for entry in log.entries]
+
+
+def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path: Path) -> None:
+    fine_tune(network(), batches(), checkpoint=tmp_path / "run")
+    part = tmp_path / "run" / ".checkpoint.safetensors.123.part"
+    part.write_bytes(b"half")
+    fine_tune(network(), batches(), checkpoint=tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoint.safetensors",
+        "log.jsonl",
+    ]
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:

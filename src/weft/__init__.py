@@ -27,6 +27,7 @@ from weft.plan.sensitivity import Sensitivity, measure_sensitivity
 from weft.report.report import Report, measure
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import fine_tune
+from weft.schemes.from_scratch import from_scratch
 from weft.schemes.iterative_pruning import IterativePruning
 from weft.schemes.learning_compression import LearningCompression
 from weft.schemes.result import Result
@@ -58,6 +59,7 @@ __all__ = [
     "families",
     "fine_tune",
     "from_json",
+    "from_scratch",
     "inputs",
     "load",
     "measure",

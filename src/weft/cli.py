@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,12 +37,15 @@ from weft.plan.workers import default_workers
 from weft.report.picture import write_picture
 from weft.report.report import Report, measure
 from weft.schemes.direct import compress
-from weft.schemes.fine_tune import fine_tune
+from weft.schemes.fine_tune import FineTune, fine_tune
 from weft.schemes.iterative_pruning import IterativePruning
 from weft.schemes.learning_compression import LearningCompression, Priced, Task, rising
+from weft.schemes.log import read_log
+from weft.schemes.processes import writes_files
 from weft.schemes.search import SearchResult, search
-from weft.schemes.training import Training
+from weft.schemes.training import OPTIMISERS, SCHEDULES, Training
 from weft.sources import Data, load, load_data, load_model
+from weft.sources.augmentation import Augmented
 from weft.sources.splits import IndexedSplit
 from weft.storage import coder_of, read_json, read_metadata, save, structured_layers, write_text
 from weft.structures import families, from_text, select
@@ -373,7 +376,10 @@ def compress_command(
 
 @app.command(
     "finetune",
-    epilog="Example: weft finetune small.safetensors --data digits --epochs 3 -o tuned.safetensors",
+    epilog="Examples: weft finetune small.safetensors --data digits --epochs 3 -o tuned.safetensors    "
+    "weft finetune small.safetensors --data digits --epochs 50 --validation 0.1 --patience 5 "
+    "--learning-rate 1e-3,1e-4,1e-5 --augment shift=1 --checkpoint run (killed? the same command goes on)    "
+    "torchrun --nproc-per-node 2 $(which weft) finetune small.safetensors --data digits",
 )
 def finetune_command(
     file: Smallfile,
@@ -384,16 +390,101 @@ def finetune_command(
     dense: Dense = None,
     weights: Weights = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training data.")] = 1,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of AdamW.")] = 1e-3,
+    learning_rate: Annotated[
+        str,
+        typer.Option(
+            "--learning-rate", help="At the start; of several, 1e-3,1e-4, the best after 10 steps is taken."
+        ),
+    ] = "1e-3",
+    optimiser: Annotated[str, typer.Option("--optimiser", help=f"{', '.join(OPTIMISERS)}.")] = "adamw",
+    schedule: Annotated[
+        str, typer.Option("--schedule", help=f"Of the learning rate: {', '.join(SCHEDULES)}.")
+    ] = "cosine",
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="Of the optimiser.")] = 0.0,
+    teacher: Annotated[
+        bool, typer.Option("--teacher/--labels", help="Learn from the dense network, or from labels alone.")
+    ] = True,
+    label_share: Annotated[
+        float, typer.Option("--label-share", help="With the teacher: the labels' share of the loss.")
+    ] = 0.0,
+    temperature: Annotated[float, typer.Option("--temperature", help="Softens the teacher's scores.")] = 2.0,
+    features: Annotated[
+        str, typer.Option("--features", help="Modules whose outputs shall agree too, e.g. 'layer2,layer3'.")
+    ] = "",
+    validation: Annotated[
+        float, typer.Option("--validation", help="Share of the training data held out to validate on.")
+    ] = 0.0,
+    patience: Annotated[
+        int | None,
+        typer.Option("--patience", min=1, help="End after so many epochs without gain; keep the best epoch."),
+    ] = None,
+    augment: Annotated[
+        str, typer.Option("--augment", help="Change images at random: shift=2,rotation=10,flip.")
+    ] = "",
     batch_size: BatchSize = 64,
+    accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Batches per step.")] = 1,
+    clip: Annotated[float | None, typer.Option("--clip", help="The gradient's largest norm.")] = None,
+    mixed_precision: Annotated[bool, typer.Option("--amp", help="Compute products in bfloat16.")] = False,
+    batch_norm: Annotated[
+        bool, typer.Option("--batch-norm", help="First correct batch-norm statistics by the dense network's.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides all that is drawn.")] = 0,
+    log: Annotated[
+        Path | None,
+        typer.Option("--log", help="One JSON line per step; default: in the checkpoint's folder."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="A folder for the state; the same command goes on from there."),
+    ] = None,
+    checkpoint_seconds: Annotated[
+        float, typer.Option("--checkpoint-seconds", min=0, help="The least time between two checkpoints.")
+    ] = 30.0,
     entropy_coding: EntropyCoded = False,
 ) -> None:
-    """Trains a compressed network further, with the dense one as teacher."""
+    """Trains a compressed network further, with the dense one as teacher or by labels."""
     _check_folder(output)
     coder_of(entropy_coding)
+    rates = _rates(learning_rate)
+    scheme = FineTune.of(
+        epochs=epochs,
+        learning_rate=rates[0],
+        rates=rates if len(rates) > 1 else (),
+        optimiser=optimiser,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        label_share=label_share,
+        temperature=temperature,
+        features=tuple(name.strip() for name in features.split(",") if name.strip()),
+        patience=patience,
+        accumulate=accumulate,
+        clip=clip,
+        mixed_precision=mixed_precision,
+        batch_norm=batch_norm,
+        seed=seed,
+    )
     small, network, source, weights_file = _read_pair(file, dense, weights)
-    tuned = _tune(small, network, load_data(data), epochs, learning_rate, batch_size)
-    save(tuned, output, source=source, weights=weights_file, entropy_coding=entropy_coding)
+    training, held_out = _training_data(load_data(data), batch_size, validation, seed)
+    if augment:
+        training = Augmented.parse(training, augment, seed=seed)
+    run = {"file": str(file), "data": data, "batch size": batch_size, "validation": validation}
+    tuned, entries = scheme.run(
+        small,
+        training,
+        teacher=network if teacher else None,
+        validation=held_out,
+        log=log,
+        checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
+        described_as={**run, "augment": augment, "teacher": teacher},
+    )
+    if not writes_files():
+        return
+    metrics = [entry["metric"] for entry in entries if "metric" in entry]
+    if metrics:
+        best = max(metrics) if patience else metrics[-1]
+        console.print(f"accuracy on the {validation:.0%} held out: {best:.4f}", highlight=False)
+    save(tuned.eval(), output, source=source, weights=weights_file, entropy_coding=entropy_coding)
     console.print(f"wrote {output} ({output.stat().st_size:,} bytes)")
 
 
@@ -519,13 +610,18 @@ def _bench_members(
     return members
 
 
-@app.command("report", epilog="Example: weft report run.json --plan plan.json -o report.html")
+@app.command(
+    "report", epilog="Example: weft report run.json --plan plan.json --log run/log.jsonl -o report.html"
+)
 def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="What weft evaluate wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option("--title", help="The page's title.")] = "weft report",
     plan: Annotated[
         Path | None, typer.Option("--plan", help="The plan, whose curves of all families are drawn.")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option("--log", help="A training's log, for its curves: what --log wrote.")
     ] = None,
 ) -> None:
     """Turns a measurement into one self-contained page."""
@@ -535,7 +631,11 @@ def report_command(
         remedy = "pass a plan that weft plan wrote"
         raise ValueError(checks.fault("--plan", "a plan with curves", plan, remedy))
     report.write_html(
-        output, title=title, command=command, pareto=None if curves is None else curves.to_json()
+        output,
+        title=title,
+        command=command,
+        pareto=None if curves is None else curves.to_json(),
+        log=[] if log is None else read_log(log),
     )
     console.print(report.table())
     console.print(f"wrote {output}")
@@ -717,7 +817,7 @@ class _Planner:
         if not isinstance(split, IndexedSplit):
             remedy = "give data with a test part that can be divided"
             raise ValueError(checks.fault("--data", "no stream", self.data.source, remedy))
-        seen, unseen = split.halves(128)
+        seen, unseen = split.divide(0.5)
         found = search(
             self.network,
             self.found,
@@ -800,6 +900,31 @@ def _tune(
     batches = data.batches("train", batch_size=batch_size, shuffle=True)
     tuned, _ = fine_tune(small, batches, teacher=network, epochs=epochs, learning_rate=learning_rate)
     return tuned.eval()
+
+
+def _training_data(
+    data: Data, batch_size: int, validation: float, seed: int
+) -> tuple[Iterable[Any], Iterable[Any] | None]:
+    """The training part in an order of its own for every pass, and what is held out of it."""
+    if not validation:
+        return data.batches("train", batch_size=batch_size, shuffle=True, seed=seed), None
+    split = data.split("train")
+    if not isinstance(split, IndexedSplit):
+        remedy = "give data with a training part that can be divided"
+        raise ValueError(checks.fault("--data", "no stream where --validation is given", data.source, remedy))
+    held_out, rest = split.divide(checks.share("--validation", validation), batch_size, seed=seed)
+    if not rest.examples:
+        raise ValueError(checks.fault("--validation", "a share that leaves some", validation, "e.g. 0.1"))
+    rest.shuffle, rest.seed = True, seed
+    return rest, held_out
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(checks.positive("--learning-rate", float(part)) for part in text.split(","))
+    except ValueError:
+        expected = "numbers above 0, separated by commas"
+        raise ValueError(checks.fault("--learning-rate", expected, repr(text), "e.g. 1e-3")) from None
 
 
 def _needed(data: Data | None) -> Data:

@@ -50,7 +50,7 @@ def render_page(
         command: the command that repeats the run.
         asked: what was asked for, such as the budget and the families.
         log: entries of the runs' logs, in their order: those of `weft.compress` bring the layers' errors,
-            those of `weft.fine_tune` the training curve; others are passed over.
+            those of a training its curves; others are passed over.
         pareto: the plan's curves of cost and predicted loss, as a plan's JSON has them.
 
     Returns:
@@ -71,7 +71,7 @@ def render_page(
         convolutions=any(len(entry["shape"]) > 2 for entry in measurement["layers"]),
         legend=_legend(measurement["layers"]),
         pareto=None if pareto is None else _pareto(pareto),
-        training=_training([entry["loss"] for entry in log if "loss" in entry and "layer" not in entry]),
+        training=_training(log),
         environment=measurement["environment"],
     )
 
@@ -284,35 +284,50 @@ def _pareto(data: Mapping[str, Any]) -> dict[str, Any] | None:
 # -- training
 
 
-def _training(losses: Sequence[float]) -> dict[str, Any] | None:
-    """The curve in per cent of the plot's width and height, y downwards; None for fewer than two steps."""
-    if len(losses) < 2:
+def _training(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The curves of a training: its loss, its metric where it was validated, its size where that changes."""
+    steps = [entry for entry in log if "layer" not in entry]
+    curves = []
+    for name, key in (("Loss", "loss"), ("Metric", "metric"), ("Size in bytes", "size")):
+        values = [entry[key] for entry in steps if key in entry and math.isfinite(entry[key])]
+        if key == "size" and len(set(values)) < 2:
+            continue
+        curve = _curve(values)
+        if curve is not None:
+            unit = "epochs" if key == "metric" else "steps"
+            curves.append({"name": name, "unit": unit, **curve})
+    return curves
+
+
+def _curve(values: Sequence[float]) -> dict[str, Any] | None:
+    """The curve in per cent of the plot's width and height, y downwards; None for fewer than two values."""
+    if len(values) < 2:
         return None
-    group = math.ceil(len(losses) / _POINTS)
-    groups = [losses[start : start + group] for start in range(0, len(losses), group)]
-    low, high = min(losses), max(losses)
+    group = math.ceil(len(values) / _POINTS)
+    groups = [values[start : start + group] for start in range(0, len(values), group)]
+    low, high = min(values), max(values)
     logarithmic = low > 0 and high / low > _LOG_SCALE_FROM
 
-    def height(loss: float) -> float:
+    def height(value: float) -> float:
         if high <= low:
             return 50.0
         if logarithmic:
-            return round(100 * math.log(high / loss) / math.log(high / low), 2)
-        return round(100 * (high - loss) / (high - low), 2)
+            return round(100 * math.log(high / value) / math.log(high / low), 2)
+        return round(100 * (high - value) / (high - low), 2)
 
     across = [round(100 * index / (len(groups) - 1), 2) for index in range(len(groups))]
     upper = [f"{x},{height(max(part))}" for x, part in zip(across, groups, strict=True)]
     lower = [f"{x},{height(min(part))}" for x, part in zip(across, groups, strict=True)]
     middle = [f"{x},{height(statistics.fmean(part))}" for x, part in zip(across, groups, strict=True)]
     return {
-        "steps": len(losses),
+        "steps": len(values),
         "group": group,
         "logarithmic": logarithmic,
         "line": " ".join(middle),
         "band": " ".join([*upper, *reversed(lower)]) if group > 1 else "",
-        "ticks": [(height(loss), f"{loss:.3g}") for loss in _ticks(low, high, logarithmic=logarithmic)],
-        "first": f"{losses[0]:.4g}",
-        "last": f"{statistics.fmean(losses[-max(1, len(losses) // 20) :]):.4g}",
+        "ticks": [(height(value), f"{value:.3g}") for value in _ticks(low, high, logarithmic=logarithmic)],
+        "first": f"{values[0]:.4g}",
+        "last": f"{statistics.fmean(values[-max(1, len(values) // 20) :]):.4g}",
     }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from weft import checks
 from weft.schemes.log import Log
+from weft.schemes.processes import writes_files
 from weft.storage import write_beside
 from weft.structures import from_json
 from weft.structures.base import StructuredMatrix
@@ -72,6 +73,9 @@ class Checkpoint:
             remedy = "create the folder's parent first"
             raise FileNotFoundError(checks.fault("checkpoint", "in an existing folder", folder, remedy))
         self.folder.mkdir(exist_ok=True)
+        if writes_files():
+            for part in self.folder.glob(f".{FILE}.*.part"):  # what a killed run was writing
+                part.unlink(missing_ok=True)
         self.run = json.loads(json.dumps(dict(run or {})))  # as it will be read back
         self.seconds = seconds
         self.log = Log(self.folder / LOG if log is None else log)
@@ -101,6 +105,11 @@ class Checkpoint:
         self.outer, self._inner = held["outer"], held["inner"]
         self.log.rewind(held["log"])
 
+    @property
+    def within(self) -> bool:
+        """Whether a training was interrupted in its middle: its state waits to be taken."""
+        return self._inner is not None
+
     def take(self) -> Any:
         """The training loop's state, once.
 
@@ -115,15 +124,17 @@ class Checkpoint:
         return time.monotonic() - self._written >= self.seconds
 
     def write(self, inner: Any = None) -> None:
-        """Writes the state, complete or not at all.
+        """Writes the state, complete or not at all; of several processes the first one writes.
 
         Args:
             inner: the training loop's part: tensors, numbers, text, None, and lists, tuples and dictionaries
                 of these. None between two stages of a scheme, whose next training then starts anew.
         """
+        self._written = time.monotonic()
+        if not writes_files():
+            return
         state = {"run": self.run, "outer": self.outer, "inner": inner, "log": self.log.position()}
         write_state(self.file, state)
-        self._written = time.monotonic()
 
 
 def write_state(path: str | os.PathLike[str], state: Any) -> None:

@@ -2,9 +2,9 @@
 
 import copy
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from weft.layers.base import harden, relax
 from weft.measure import check_repeatable, network_cost
 from weft.schemes.checkpoint import Checkpoint
 from weft.schemes.corrections import correct_batch_norm, restart_batch_norm
+from weft.schemes.learning_rate import choose_learning_rate
 from weft.schemes.log import Log
 from weft.schemes.objective import inputs_of
 from weft.schemes.result import Result
@@ -25,12 +26,30 @@ class FineTune:
 
     Args:
         training: the options of the loop.
+        rates: learning rates to choose from by validation, in place of the training's own.
+        trial_steps: how many steps each of them is tried.
         batch_norm: whether batch-norm statistics are first corrected for what compression did to them; needs
             a teacher (see `weft.schemes.corrections`).
     """
 
     training: Training = Training()
+    rates: tuple[float, ...] = ()
+    trial_steps: int = 10
     batch_norm: bool = False
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Makes one from its own fields and those of `Training` and `Objective` side by side.
+
+        Args:
+            **options: rates, ..., epochs, learning_rate, ..., label_share, temperature, ...
+
+        Returns:
+            The value; an unknown name is a TypeError.
+        """
+        own = {field.name for field in fields(cls)} - {"training"}
+        scheme = {name: options.pop(name) for name in list(options) if name in own}
+        return cls(Training.of(**options), **scheme)
 
     def run(
         self,
@@ -42,6 +61,7 @@ class FineTune:
         log: str | os.PathLike[str] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_seconds: float = 30.0,
+        described_as: Mapping[str, Any] | None = None,
         shown: bool | None = None,
     ) -> Result:
         """Trains a copy of the model.
@@ -56,6 +76,7 @@ class FineTune:
             log: a file that gets one JSON line per step; in the checkpoint's folder where None.
             checkpoint: a folder for the run's state; the same call with the same folder goes on from there.
             checkpoint_seconds: the least time between two checkpoints.
+            described_as: what the run is besides, for its checkpoint, where another scheme calls.
             shown: whether to draw a progress bar; where None, only on a terminal.
 
         Returns:
@@ -64,22 +85,41 @@ class FineTune:
 
         Raises:
             ValueError: nothing can be trained, there are no batches, the loss became NaN or infinite, or
-                batch-norm shall be corrected without a teacher.
+                batch-norm shall be corrected without a teacher, or a rate be chosen without validation.
         """
+        if self.batch_norm and teacher is None:
+            remedy = "pass the dense network"
+            raise ValueError(checks.fault("teacher", "given with batch_norm", None, remedy))
+        if self.rates and validation is None:
+            remedy = "pass held-out batches"
+            raise ValueError(checks.fault("validation", "given with rates", None, remedy))
         kept = None
         if checkpoint is not None:
-            run = {"scheme": "FineTune", "batch_norm": self.batch_norm, **self.training.describe(model)}
+            run = {"scheme": "FineTune", "rates": list(self.rates), "batch_norm": self.batch_norm}
+            run |= self.training.describe(model) | dict(described_as or {})
             kept = Checkpoint(checkpoint, run, log=log, seconds=checkpoint_seconds)
         student = copy.deepcopy(model)
-        if self.batch_norm:
-            if teacher is None:
-                remedy = "pass the dense network"
-                raise ValueError(checks.fault("teacher", "given with batch_norm", None, remedy))
+        if self.batch_norm and teacher is not None and not (kept and kept.within):
             check_repeatable("batches", batches)
             restart_batch_norm(student, teacher)
             correct_batch_norm(student, teacher, map(inputs_of, batches), shown=shown)
         relax(student)
-        written = self.training.run(
+        training = self.training
+        if self.rates and validation is not None:
+            held = {} if kept is None else kept.outer
+            if "learning_rate" not in held:
+                held["learning_rate"] = choose_learning_rate(
+                    training,
+                    student,
+                    batches,
+                    self.rates,
+                    validation=validation,
+                    steps=self.trial_steps,
+                    teacher=teacher,
+                    shown=shown,
+                ).learning_rate
+            training = replace(training, learning_rate=held["learning_rate"])
+        written = training.run(
             student,
             batches,
             teacher=teacher,
@@ -87,7 +127,6 @@ class FineTune:
             log=Log(log) if kept is None else kept.log,
             checkpoint=kept,
             notes={"size": network_cost(model).bytes},
-            description="fine-tuning",
             shown=shown,
         )
         harden(student)
@@ -107,7 +146,6 @@ def fine_tune(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 30.0,
     shown: bool | None = None,
-    batch_norm: bool = False,
     **options: Any,
 ) -> Result:
     """Trains a compressed network further; the given one is not changed.
@@ -121,8 +159,8 @@ def fine_tune(
         checkpoint: a folder for the run's state; the same call with the same folder goes on from there.
         checkpoint_seconds: the least time between two checkpoints.
         shown: whether to draw a progress bar; where None, only on a terminal.
-        batch_norm: whether batch-norm statistics are corrected first.
-        **options: fields of `Training` and `Objective`: epochs, learning_rate, optimiser, label_share, ...
+        **options: fields of `FineTune`, `Training` and `Objective`: rates, epochs, learning_rate, optimiser,
+            label_share, ...
 
     Returns:
         The trained network and its log.
@@ -136,7 +174,7 @@ def fine_tune(
         >>> len(log)
         6
     """
-    return FineTune(Training.of(**options), batch_norm).run(
+    return FineTune.of(**options).run(
         model,
         batches,
         teacher=teacher,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weft import checks
+from weft.schemes.processes import writes_files
 
 
 class Log:
@@ -15,7 +16,7 @@ class Log:
 
     An entry of a training step holds step, epoch, loss, size (bytes of the network) and seconds since the run
     began, interruptions left out; an evaluation has metric in place of loss. Schemes add fields of their own.
-    A line is in the file as soon as it is written.
+    A line is in the file as soon as it is written; of several processes the first one writes.
 
     Args:
         path: the file, written anew unless the log is rewound to a place in it; None for none.
@@ -68,7 +69,7 @@ class Log:
         """
         full = {"step": self.steps, **entry, "seconds": round(self.seconds, 6)}
         self.entries.append(full)
-        if self.path is not None:
+        if self.path is not None and writes_files():
             if self._file is None:
                 self._file = self.path.open("wb")
             self._file.write(json.dumps(full).encode() + b"\n")
@@ -106,10 +107,12 @@ class Log:
             raise ValueError(checks.fault(str(self.path), f"at least {size} bytes long", held, remedy))
         if self._file is not None:
             self._file.close()
-        self._file = self.path.open("r+b" if held else "w+b")
-        self.entries = [json.loads(line) for line in self._file.read(size).splitlines()]
-        self._file.truncate(size)
-        self._file.seek(size)
+        kept = self.path.read_bytes()[:size] if held else b""
+        self.entries = [json.loads(line) for line in kept.splitlines()]
+        if writes_files():
+            self._file = self.path.open("r+b" if held else "w+b")
+            self._file.truncate(size)
+            self._file.seek(size)
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

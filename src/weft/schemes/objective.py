@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import checks
-from weft.measure import call, evaluating, labelled, logits_of, paired
+from weft.measure import call, device_of, evaluating, labelled, logits_of, paired, to_device
 
 _IGNORED = -100  # the label that torch's cross-entropy passes over
 
@@ -74,7 +74,7 @@ class Objective:
                     raise ValueError(checks.fault("features", expected, repr(name), remedy))
 
     def __call__(
-        self, student: nn.Module, batch: Any, teacher: nn.Module | None, run: nn.Module | None = None
+        self, student: nn.Module, batch: Any, teacher: nn.Module | None, called: nn.Module | None = None
     ) -> Tensor:
         """The loss.
 
@@ -82,20 +82,20 @@ class Objective:
             student: the network that trains.
             batch: (inputs, labels), or inputs alone where no labels are needed.
             teacher: the network to learn from; run in evaluation mode and without gradients.
-            run: what is called in place of the student, where it is wrapped for several processes.
+            called: what is called in place of the student, where it is wrapped for several processes.
 
         Returns:
             A scalar, the mean over the batch.
         """
-        run = student if run is None else run
+        called = student if called is None else called
         if teacher is None:
             given, labels = self._split(batch)
-            return self._label_loss(logits_of(call(run, given)), labels)
+            return self._label_loss(logits_of(call(called, given)), labels)
         given = inputs_of(batch)
         with _recorded(student, self.features) as own:
-            scores = logits_of(call(run, given))
+            scores = logits_of(call(called, given))
         with _recorded(teacher, self.features) as wanted, torch.no_grad(), evaluating(teacher):
-            target = logits_of(call(teacher, given))
+            target = logits_of(call(teacher, to_device(given, device_of(teacher)))).to(scores.device)
         loss = (1 - self.label_share) * self._divergence(scores, target)
         if self.label_share:
             loss = loss + self.label_share * self._label_loss(scores, self._split(batch)[1])
@@ -141,7 +141,7 @@ def inputs_of(batch: Any) -> Any:
 
 
 def _distance(own: Tensor, wanted: Tensor) -> Tensor:
-    wanted = wanted.detach().to(own.dtype)
+    wanted = wanted.detach().to(own)
     return (own - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(own.dtype).tiny)
 
 

@@ -1,5 +1,6 @@
 """The one training loop: every scheme that trains runs it, with its own penalty, hooks and data."""
 
+import copy
 import itertools
 import math
 import operator
@@ -21,6 +22,7 @@ from weft.schemes.checkpoint import Checkpoint, described
 from weft.schemes.data_order import order_of, restore_order
 from weft.schemes.log import Log
 from weft.schemes.objective import Objective, inputs_of
+from weft.schemes.processes import processes, writes_files
 from weft.schemes.randomness import own_randomness, random_state, seed_all, set_random_state
 
 Parameters = list[nn.Parameter]
@@ -49,8 +51,8 @@ class Training:
         epochs: passes over the batches.
         learning_rate: at the start; an optimiser of your own has its own.
         weight_decay: of the named optimisers.
-        optimiser: "adamw", "adam", "rmsprop", "sgd" (Nesterov momentum 0.9), or a function that makes one
-            from the trainable parameters.
+        optimiser: "adamw", "adam", "rmsprop", "sgd" (Nesterov momentum 0.9), or a function that makes
+            one from the trainable parameters.
         schedule: "cosine" (half a period, to zero), "linear" (to zero) or "constant", or a function that
             makes a scheduler from the optimiser and the number of steps; it is stepped after every step.
             Where the number of batches is not known a named one is constant.
@@ -124,7 +126,10 @@ class Training:
             The options and the network's tensors' shapes by name, JSON-ready.
         """
         own = {field.name: described(getattr(self, field.name)) for field in fields(self)}
-        own["tensors"] = {name: list(value.shape) for name, value in model.state_dict().items()}
+        own["tensors"] = {
+            name: list(value.shape) if isinstance(value, Tensor) else None
+            for name, value in model.state_dict().items()
+        }
         own["objective"] = {
             field.name: described(getattr(self.objective, field.name)) for field in fields(Objective)
         }
@@ -172,9 +177,10 @@ class Training:
 
         Raises:
             ValueError: nothing can be trained, there are no batches, patience has no validation, or the loss
-                or a gradient became NaN or infinite; the checkpoint then is the last good one.
+                or a gradient became NaN or infinite (a DivergedError); the checkpoint then is the last good
+                one.
         """
-        parameters = trainable(model)
+        trainable(model)
         self.objective.check(model, teacher)
         if self.patience is not None and validation is None:
             raise ValueError(
@@ -183,13 +189,28 @@ class Training:
         if log is None:
             log = Log() if checkpoint is None else checkpoint.log
         hooks = _Hooks(penalty, after_step, metric_of(validation))
-        stage = _Stage(self, model, parameters, batches, teacher, hooks, log, checkpoint)
+        stage = _Stage(self, model, batches, teacher, hooks, log, checkpoint)
         stage.notes = dict(notes or {})
         stage.most_steps = most_steps
         stage.show = (description, shown)
         with own_randomness():
             stage.run()
         return log
+
+
+def metric_of(validation: Validation | None) -> Metric | None:
+    """What validates a network after every epoch.
+
+    Args:
+        validation: held-out (inputs, labels) batches, iterable more than once; a function; or None.
+
+    Returns:
+        The accuracy on the batches, or the function.
+    """
+    if validation is None or callable(validation):
+        return validation
+    check_repeatable("validation", validation)
+    return lambda model: accuracy(model, validation, shown=False)
 
 
 def trainable(model: nn.Module) -> Parameters:
@@ -220,6 +241,10 @@ def trainable(model: nn.Module) -> Parameters:
     raise ValueError(checks.fault("model", "one with weights to train", got, remedy))
 
 
+class DivergedError(ValueError):
+    """The loss, a gradient or a weight is no longer finite."""
+
+
 class _Hooks(NamedTuple):
     """What a scheme adds to the loop."""
 
@@ -239,17 +264,20 @@ class _Stage:
         self,
         options: Training,
         model: nn.Module,
-        parameters: Parameters,
         batches: Iterable[Any],
         teacher: nn.Module | None,
         hooks: "_Hooks",
         log: Log,
         checkpoint: Checkpoint | None,
     ) -> None:
-        self.options, self.model, self.parameters, self.batches = options, model, parameters, batches
-        self.teacher, self.hooks = teacher, hooks
+        self.options, self.batches, self.teacher, self.hooks = options, batches, teacher, hooks
         self.log, self.checkpoint = log, checkpoint
-        self.optimiser = _optimiser(options, parameters)
+        self.processes = processes()
+        self.given = model
+        work = self.processes.working_copy(model)
+        self.optimiser = _optimiser(options, trainable(work))
+        self.model, self.called = self.processes.prepare(work, self.optimiser)
+        self.parameters = trainable(self.model)
         self.scheduler = _scheduler(options, self.optimiser, batches)
         self.epoch = 0
         self.done = 0  # steps of this epoch
@@ -270,6 +298,7 @@ class _Stage:
             held = None
         if self.checkpoint is not None and self.most_steps is None:
             self._save()
+        self.processes.return_to(self.given, self.model)
 
     def _run_epoch(self, state: Mapping[str, Any] | None) -> None:
         """One epoch; from the middle of it where `state` says how the generators stood there."""
@@ -281,6 +310,7 @@ class _Stage:
         # The order of an epoch follows from the seed and the steps before, whatever else was drawn.
         seed_all(self.options.seed + self.first + self.epoch)
         description, shown = self.show
+        shown = shown if writes_files() else False
         batches = track(self.batches, f"{description}, epoch {self.epoch + 1} of {epochs}", shown=shown)
         self.model.train()
         steps = 0
@@ -303,27 +333,22 @@ class _Stage:
         self._end_epoch()
 
     def _step(self, group: list[Any]) -> None:
-        device = device_of(self.model)
+        self.processes.seed_step(self.options.seed + self.log.steps)
         samples = sum(map(batch_size, group))
         total, extra = 0.0, {}
         self.optimiser.zero_grad(set_to_none=True)
         for index, batch in enumerate(group):
-            batch = to_device(batch, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.options.mixed_precision):
-                loss = self.options.objective(self.model, batch, self.teacher)
-            share = batch_size(batch) / samples
-            value = float(loss.detach())
-            self._check("loss", value, batch)
-            total += share * value
-            loss = loss * share
-            if self.hooks.penalty is not None and index == len(group) - 1:
+            last = index == len(group) - 1
+            loss, value = self._loss(batch, samples)
+            total += value
+            if last and self.hooks.penalty is not None:
                 added = self.hooks.penalty(self.model)
                 extra = {"penalty": float(added.detach())}
                 self._check("penalty", extra["penalty"], batch)
-                loss = loss + added
-            loss.backward()
+                loss = loss + added / self.processes.count
+            self.processes.backward(loss, self.called, last=last)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self._check("norm of the gradient", float(norm), group[-1])
+        self._check("norm of the gradient", float(self.processes.whole(norm)), group[-1])
         if self.options.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.options.clip, norm)
         self.optimiser.step()
@@ -334,26 +359,38 @@ class _Stage:
         self.done += 1
         self.log.step(epoch=self.epoch, loss=total, **extra, **self.notes)
         self.finished = self.log.steps - self.first == self.most_steps
-        if self.checkpoint is not None and self.checkpoint.due():
+        if self.checkpoint is not None and self.processes.agree(self.checkpoint.due()):
             self._save()
+
+    def _loss(self, batch: Any, samples: int) -> tuple[Tensor, float]:
+        """This process's part of the step's loss, and that of all processes as a number."""
+        device = device_of(self.model)
+        part, count = self.processes.share(batch, batch_size(batch))
+        part = to_device(part, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.options.mixed_precision):
+            loss = self.options.objective(self.model, part, self.teacher, self.called) * (count / samples)
+        value = self.processes.total(float(loss.detach()))
+        self._check("loss", value, batch)
+        return loss, value
 
     def _end_epoch(self) -> None:
         metric = None
         if self.hooks.metric is not None:
             with evaluating(self.model), torch.no_grad():
-                metric = float(self.hooks.metric(self.model))
+                metric = self.processes.agree(float(self.hooks.metric(self.model)))
             self.log.note(epoch=self.epoch, metric=metric, **self.notes)
         self.epoch, self.done = self.epoch + 1, 0
         self.finished = self.epoch == self.options.epochs
         if self.options.patience is None or metric is None:
             return
         if self.best is None or metric > self.best["metric"]:
-            self.best, self.waited = {"metric": metric, "model": _copy(self.model)}, 0
+            state = self.processes.state(self.model)
+            self.best, self.waited = {"metric": metric, "model": copy.deepcopy(dict(state))}, 0
         else:
             self.waited += 1
         self.finished |= self.waited >= self.options.patience
         if self.finished:
-            self.model.load_state_dict(self.best["model"])
+            self.processes.put(self.model, self.best["model"])
 
     # -- what goes wrong
 
@@ -362,18 +399,18 @@ class _Stage:
             return
         got = f"{value} at step {self.log.steps}{_blame(self.model, batch)}"
         remedy = f"lower the learning rate ({self.options.learning_rate}) or check the data"
-        raise ValueError(checks.fault(what, "finite", got, remedy))
+        raise DivergedError(checks.fault(what, "finite", got, remedy))
 
     # -- checkpoints
 
     def _save(self) -> None:
         if self.checkpoint is None:
             return
-        if any(not bool(parameter.isfinite().all()) for parameter in self.parameters):
+        if not all(bool(self.processes.whole(parameter.isfinite().all())) for parameter in self.parameters):
             self._check("weights", math.nan)  # a checkpoint of these would be no good one
         self.checkpoint.write({
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "model": self.processes.state(self.model),
+            "optimiser": self.processes.optimiser_state(self.model, self.optimiser),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "epoch": self.epoch,
             "done": self.done,
@@ -386,8 +423,8 @@ class _Stage:
         })
 
     def _restore(self, held: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(held["model"])
-        self.optimiser.load_state_dict(held["optimiser"])
+        self.processes.put(self.model, held["model"])
+        self.processes.put_optimiser(self.model, self.optimiser, held["optimiser"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(held["scheduler"])
         for name in ("epoch", "done", "first", "order", "best", "waited", "finished"):
@@ -416,33 +453,11 @@ def _scheduler(options: Training, optimiser: Optimizer, batches: Iterable[Any]) 
     return LambdaLR(optimiser, lambda step: factor(min(step, total) / total))
 
 
-def metric_of(validation: Validation | None) -> Metric | None:
-    """The metric that a validation means.
-
-    Args:
-        validation: held-out batches, a metric, or None.
-
-    Returns:
-        A function of the network; None for none.
-    """
-    if validation is None or callable(validation):
-        return validation
-    check_repeatable("validation", validation)
-    return lambda model: accuracy(model, validation, shown=False)
-
-
 def _groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Batches that hold samples, so many at a time; the last group may be smaller."""
     full = (batch for batch in batches if batch_size(batch))
     while group := list(itertools.islice(full, size)):
         yield group
-
-
-def _copy(model: nn.Module) -> dict[str, Any]:
-    return {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in model.state_dict().items()
-    }
 
 
 def _blame(model: nn.Module, batch: Any) -> str:

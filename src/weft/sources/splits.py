@@ -90,17 +90,21 @@ class IndexedSplit(Split):
         """
         return IndexedBatches(self, batch_size, limit=limit, shuffle=shuffle, seed=seed)
 
-    def halves(self, batch_size: int = 128, *, seed: int = 0) -> tuple["IndexedBatches", "IndexedBatches"]:
-        """Divides the examples into two halves at random.
+    def divide(
+        self, share: float = 0.5, batch_size: int = 128, *, seed: int = 0
+    ) -> tuple["IndexedBatches", "IndexedBatches"]:
+        """Divides the examples in two at random.
 
         Args:
+            share: the first part's, at least one example.
             batch_size: examples per batch.
             seed: decides the division.
 
         Returns:
-            Batches of one half and of the other.
+            Batches of the first part and of the rest.
         """
-        first = IndexedBatches(self, batch_size, limit=max(1, len(self) // 2), seed=seed)
+        checks.share("share", share)
+        first = IndexedBatches(self, batch_size, limit=max(1, int(len(self) * share)), seed=seed)
         second = IndexedBatches(self, batch_size)
         kept = torch.ones(len(self), dtype=torch.bool)
         kept[first.indices] = False

@@ -793,6 +793,33 @@ class StructuredMatrix(nn.Module, ABC):
         """Back from `relax`; here the member itself."""
         return self
 
+    def reinitialise(self, *, generator: torch.Generator | None = None) -> "StructuredMatrix":
+        """A member with the same supports and orders and random values, to train what was found anew.
+
+        Here every floating stored tensor is drawn normal with the mean square that it had, so that signals
+        keep their size; where values are codes, which are no pattern, the whole member is drawn anew. A
+        family that knows better replaces this.
+
+        Args:
+            generator: the source of randomness; a fixed seed where None.
+
+        Returns:
+            A new member.
+        """
+        generator = generator or torch.Generator().manual_seed(0)
+        stored = self.stored()
+        if self.relax() is not self:
+            dtype = next((value.dtype for value in stored.values() if value.is_floating_point()), None)
+            return self.structure.initialise(self.shape, dtype=dtype or torch.float32, generator=generator)
+        drawn = {}
+        for name, value in stored.items():
+            if not value.is_floating_point():
+                drawn[name] = value.clone()
+                continue
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            drawn[name] = (noise * value.double().cpu().square().mean().sqrt()).to(value)
+        return self.structure.from_tensors(self.shape, drawn)
+
     def picture(self) -> list[Rectangle]:
         """The structure drawn as blocks; here one dense block, a family with blocks replaces this."""
         return [Rectangle(0, 0, self.outputs, self.inputs)]
