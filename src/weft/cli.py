@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -896,7 +895,6 @@ def _read_pair(file: Path, dense: str | None, weights: Path | None) -> tuple[nn.
 def _tune(
     small: nn.Module, network: nn.Module, data: Data, epochs: int, learning_rate: float, batch_size: int
 ) -> nn.Module:
-    torch.manual_seed(0)
     batches = data.batches("train", batch_size=batch_size, shuffle=True)
     tuned, _ = fine_tune(small, batches, teacher=network, epochs=epochs, learning_rate=learning_rate)
     return tuned.eval()

@@ -47,6 +47,10 @@ class Processes:
             work: what `prepare` gave first.
         """
 
+    def place(self, teacher: nn.Module | None) -> nn.Module | None:
+        """What teaches, where the network trains."""
+        return teacher
+
     def prepare(self, model: nn.Module, optimiser: Optimizer) -> tuple[nn.Module, nn.Module]:
         """Gets a network ready.
 
@@ -130,6 +134,9 @@ class Several(Processes):
 
     def return_to(self, model: nn.Module, work: nn.Module) -> None:
         model.load_state_dict(self.state(work))
+
+    def place(self, teacher: nn.Module | None) -> nn.Module | None:
+        return None if teacher is None else copy.deepcopy(teacher).to(self.accelerator.device)
 
     def prepare(self, model: nn.Module, optimiser: Optimizer) -> tuple[nn.Module, nn.Module]:
         called, _ = self.accelerator.prepare(model, optimiser)

@@ -270,9 +270,10 @@ class _Stage:
         log: Log,
         checkpoint: Checkpoint | None,
     ) -> None:
-        self.options, self.batches, self.teacher, self.hooks = options, batches, teacher, hooks
+        self.options, self.batches, self.hooks = options, batches, hooks
         self.log, self.checkpoint = log, checkpoint
         self.processes = processes()
+        self.teacher = self.processes.place(teacher)
         self.given = model
         work = self.processes.working_copy(model)
         self.optimiser = _optimiser(options, trainable(work))

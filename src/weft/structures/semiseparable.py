@@ -7,7 +7,8 @@ earlier columns do to later rows, anticausal states z_k what later columns do to
 
 so that W = D + C(I − ZA)⁻¹ZB + G(I − ZᵀE)⁻¹ZᵀF. One application costs as many multiply-adds as there are
 coefficients, so it is linear in p for given stages; only the small products with A and E wait for one
-another.
+another. Its gradients go back through the same states (backpropagation through states, Kissel and Diepold
+2022): with ŷ the gradient of y, that of x_k is Aₖᵀ x̂_{k+1} + Cₖᵀ ŷ_k, and that of A_k is x̂_{k+1} x_kᵀ.
 """
 
 import itertools
