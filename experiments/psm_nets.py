@@ -4,10 +4,11 @@
     python experiments/psm_nets.py --fresh     # measured again
 
 Giffon, Ayache, Kadri, Artières and Sicre 2021, Table IV: a compression rate of 23.3 without loss. Three
-starts: fitted to the reference network (PALM4MSA), its supports with values drawn anew (PSM-reinit), and supports and
-values at random (PSM-random). RMSProp, the learning rate from 1e-3, 1e-4 and 1e-5 after ten steps by 5,000
-held-out training images; what is printed are errors on the 10,000 test images. All from labels alone. Runs
-go on from their checkpoints under build/ where they were interrupted. Skips where the data folder is absent.
+starts: fitted to the reference network (PALM4MSA), its supports with values drawn anew (PSM-reinit), and
+supports and values at random (PSM-random). RMSProp, the learning rate from 1e-3, 1e-4 and 1e-5 after ten
+steps by 5,000 held-out training images; what is printed are errors on the 10,000 test images. All learn from
+labels alone. Runs go on from their checkpoints under build/ where they were interrupted. Skips where the
+data folder is absent.
 """
 
 from pathlib import Path

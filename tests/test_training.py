@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tests.examples import EXAMPLES, Example, each_example
 from weft.layers.linear import StructuredLinear
+from weft.layers.replace import replace_layer
 from weft.schemes.checkpoint import Checkpoint, read_state, write_state
 from weft.schemes.corrections import correct_batch_norm
 from weft.schemes.fine_tune import fine_tune
@@ -150,12 +151,15 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_the_weights_in_float32()
 
 
 @each_example
-def test_every_family_trains_in_mixed_precision(example: Example) -> None:
+@pytest.mark.parametrize("convolution", [False, True], ids=["linear", "convolution"])
+def test_every_family_trains_in_mixed_precision(example: Example, convolution: bool) -> None:
     torch.manual_seed(0)
-    shape = (12, 16)
-    model = nn.Sequential(StructuredLinear(example.structure(shape).initialise(shape), torch.zeros(12)))
-    x = torch.randn(32, 16)
-    data = [(x, x[:, :12].argmax(1))]
+    layer = nn.Conv2d(4, 8, 3, padding=1) if convolution else nn.Linear(16, 12)
+    shape = tuple(layer.weight.shape)
+    body = [layer, nn.Flatten(), nn.Linear(8 * 16, 12)] if convolution else [layer]
+    model = replace_layer(nn.Sequential(*body), ["0"], example.structure(shape).initialise(shape))
+    x = torch.randn(32, 4, 4, 4) if convolution else torch.randn(32, 16)
+    data = [(x, x.flatten(1)[:, :12].argmax(1))]
     log = fine_tune(model, data, epochs=3, mixed_precision=True).log
     plain = fine_tune(model, data, epochs=3).log
     assert log[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.05)
