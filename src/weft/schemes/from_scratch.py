@@ -100,12 +100,7 @@ class FromScratch:
         batches: Iterable[Any],
         *,
         survey: Survey | None = None,
-        teacher: nn.Module | None = None,
-        validation: Validation | None = None,
-        log: str | os.PathLike[str] | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        checkpoint_seconds: float = 30.0,
-        shown: bool | None = None,
+        **options: Any,
     ) -> Result:
         """Trains from the random start.
 
@@ -114,27 +109,14 @@ class FromScratch:
             plan: structures by layer name.
             batches: (inputs, labels) pairs, or what the objective takes.
             survey: the network's survey.
-            teacher: a network to learn from.
-            validation: held-out batches, or a function that gives a network's metric.
-            log: a file that gets one JSON line per step.
-            checkpoint: a folder for the run's state; the same call with the same folder goes on from there.
-            checkpoint_seconds: the least time between two checkpoints.
-            shown: whether to draw progress bars; where None, only on a terminal.
+            **options: teacher, validation, log, checkpoint, ... as `FineTune.run` takes them.
 
         Returns:
             The trained network and its log.
         """
-        return self.training.run(
-            self.initialise(model, plan, survey),
-            batches,
-            teacher=teacher,
-            validation=validation,
-            log=log,
-            checkpoint=checkpoint,
-            checkpoint_seconds=checkpoint_seconds,
-            described_as={"scheme": "FromScratch", "start": self.start},
-            shown=shown,
-        )
+        start = self.initialise(model, plan, survey)
+        described_as = {"scheme": "FromScratch", "start": self.start}
+        return self.training.run(start, batches, described_as=described_as, **options)
 
 
 def from_scratch(
