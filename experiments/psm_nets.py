@@ -73,7 +73,7 @@ def main() -> None:
         print(f"skipped: {error}")
         return
     records = Records("psm_nets", fresh=options.fresh, quick=options.quick)
-    for sparsity in (8, 6):
+    for sparsity in (7, 5):
         for start in STARTS:
             setting = {"start": start, "sparsity": sparsity, "epochs": 1 if options.quick else 15}
             records.row(
