@@ -609,9 +609,7 @@ def _bench_members(
     return members
 
 
-@app.command(
-    "report", epilog="Example: weft report run.json --plan plan.json --log run/log.jsonl -o report.html"
-)
+@app.command("report", epilog="Example: weft report run.json --plan plan.json --log log.jsonl -o report.html")
 def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="What weft evaluate wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
