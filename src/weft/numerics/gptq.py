@@ -548,7 +548,7 @@ class _Problem:
         size = max(1, _NUMBERS // (len(copies) * matrix.shape[1]))
         found: list[list[Fit]] = [[] for _ in starts]
         for first in range(0, len(matrix), size):
-            chosen = torch.arange(first, min(first + size, len(matrix)))
+            chosen = torch.arange(first, min(first + size, len(matrix)), device=matrix.device)
             part = [[levels.rows(chosen) for levels in own] for own in starts]
             for own, fit in zip(found, self._apart(matrix[chosen], part), strict=True):
                 own.append(fit)
@@ -578,13 +578,13 @@ class _Problem:
         winners, first = [], 0
         for own in starts:  # of every quantisation and row the best start
             best = errors[first * rows : (first + len(own)) * rows].reshape(len(own), rows).argmin(0)
-            winners.append((first + best) * rows + torch.arange(rows))
+            winners.append((first + best) * rows + torch.arange(rows, device=best.device))
             first += len(own)
         picked = torch.cat(winners)
         codes, levels = codes[picked], levels.rows(picked)
         if self.metric is not None:
             codes, levels = self._improve_rows(matrix.repeat(len(starts), 1), codes, levels, self.metric)
-        pieces = torch.arange(len(codes)).split(rows)
+        pieces = torch.arange(len(codes), device=codes.device).split(rows)
         return [(codes[piece], levels.rows(piece)) for piece in pieces]
 
     def _separable(self, matrix: Tensor, levels: Levels) -> Fit:
@@ -601,7 +601,7 @@ class _Problem:
         """Coordinate descent and solving in turn, for every row as long as it gains."""
         if self.solves:
             levels = levels.solve(matrix, codes, metric)
-        left = torch.arange(len(matrix))
+        left = torch.arange(len(matrix), device=matrix.device)
         own, dense = levels, levels.decode(codes)
         weighed = (matrix - dense) @ metric
         errors = (weighed * (matrix - dense)).sum(1)
@@ -613,7 +613,7 @@ class _Problem:
             now = (weighed * (matrix - dense)).sum(1)
             better = now < errors
             codes[left[better]] = trial[better]
-            chosen = torch.arange(len(codes))
+            chosen = torch.arange(len(codes), device=codes.device)
             chosen[left[better]] = len(codes) + better.nonzero()[:, 0]
             levels = levels.concatenate([moved]).rows(chosen)
             going = better & (errors - now > self.tolerance * now)
@@ -647,7 +647,7 @@ class _Problem:
 
 def _exchanged(levels: Levels, exchanged: Tensor, others: Levels) -> Levels:
     """Levels of which some rows are another's."""
-    index = torch.arange(len(exchanged))
+    index = torch.arange(len(exchanged), device=exchanged.device)
     return levels.concatenate([others]).rows(torch.where(exchanged, index + len(index), index))
 
 
