@@ -66,19 +66,24 @@ def test_each_verb_reads_the_file_that_the_one_before_wrote(
     assert weft(monkeypatch, "compress plan.json --data digits --samples 200 -o small.safetensors") == 0
     assert weft(monkeypatch, "finetune small.safetensors --data digits -o tuned.safetensors") == 0
     assert weft(monkeypatch, "evaluate tuned.safetensors --data digits --batches 1 -o run.json") == 0
-    assert weft(monkeypatch, "report run.json -o report.html") == 0
+    assert weft(monkeypatch, "report run.json --plan plan.json -o report.html") == 0
     assert weft(monkeypatch, "picture tuned.safetensors 4 -o picture.svg") == 0
     assert (
         weft(monkeypatch, "bench tuned.safetensors --data digits --batches 1 --seconds 0.05 -o bench.json")
         == 0
     )
+    assert weft(monkeypatch, "plan survey.json --budget peak_memory=0.8 --data digits -o memory.json") == 0
+    assert json.loads((folder / "memory.json").read_text())["peak_memory"] > 0
     shown = capsys.readouterr().out
     assert "accuracy" in shown
+    assert "bytes in memory" in shown
     measured = json.loads((folder / "run.json").read_text())["measurement"]
     dense, cost = measured["dense_cost"], measured["cost"]
     assert 0.2 < cost["parameters"] / dense["parameters"] <= 0.3
     assert cost["multiply_adds"] < dense["multiply_adds"]
-    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    page = (folder / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "What each family can reach" in page
     assert "<svg" in (folder / "picture.svg").read_text()
     assert json.loads((folder / "bench.json").read_text())["rows"][0]["dense"]["median"] > 0
 
