@@ -188,13 +188,21 @@ class Training:
             )
         if log is None:
             log = Log() if checkpoint is None else checkpoint.log
-        hooks = _Hooks(penalty, after_step, metric_of(validation))
-        stage = _Stage(self, model, batches, teacher, hooks, log, checkpoint)
-        stage.notes = dict(notes or {})
-        stage.most_steps = most_steps
-        stage.show = (description, shown)
+        given = _Given(
+            batches,
+            teacher,
+            penalty,
+            after_step,
+            metric_of(validation),
+            log,
+            checkpoint,
+            dict(notes or {}),
+            most_steps,
+            description,
+            shown if writes_files() else False,
+        )
         with own_randomness():
-            stage.run()
+            _Stage(self, model, given).run()
         return log
 
 
@@ -245,44 +253,38 @@ class DivergedError(ValueError):
     """The loss, a gradient or a weight is no longer finite."""
 
 
-class _Hooks(NamedTuple):
-    """What a scheme adds to the loop."""
+class _Given(NamedTuple):
+    """What `Training.run` was given."""
 
+    batches: Iterable[Any]
+    teacher: nn.Module | None
     penalty: Callable[[nn.Module], Tensor] | None
     after_step: Callable[[nn.Module], None] | None
     metric: Metric | None
+    log: Log
+    checkpoint: Checkpoint | None
+    notes: dict[str, Any]
+    most_steps: int | None
+    description: str
+    shown: bool | None
 
 
 class _Stage:
-    """One call of `Training.run`: what changes from step to step."""
+    """One run of the loop: what changes from step to step."""
 
-    notes: dict[str, Any]
-    most_steps: int | None
-    show: tuple[str, bool | None]
-
-    def __init__(
-        self,
-        options: Training,
-        model: nn.Module,
-        batches: Iterable[Any],
-        teacher: nn.Module | None,
-        hooks: "_Hooks",
-        log: Log,
-        checkpoint: Checkpoint | None,
-    ) -> None:
-        self.options, self.batches, self.hooks = options, batches, hooks
-        self.log, self.checkpoint = log, checkpoint
+    def __init__(self, options: Training, model: nn.Module, given: _Given) -> None:
+        self.options, self.given, self.original = options, given, model
         self.processes = processes()
-        self.teacher = self.processes.place(teacher)
-        self.given = model
+        self.teacher = self.processes.place(given.teacher)
         work = self.processes.working_copy(model)
         self.optimiser = _optimiser(options, trainable(work))
         self.model, self.called = self.processes.prepare(work, self.optimiser)
         self.parameters = trainable(self.model)
-        self.scheduler = _scheduler(options, self.optimiser, batches)
+        self.scheduler = _scheduler(options, self.optimiser, given.batches)
+        self.log, self.checkpoint = given.log, given.checkpoint
         self.epoch = 0
         self.done = 0  # steps of this epoch
-        self.first = log.steps
+        self.first = given.log.steps
         self.order: list[Any] = []  # where the batches stood when the epoch began
         self.best: dict[str, Any] | None = None
         self.waited = 0
@@ -297,22 +299,20 @@ class _Stage:
         while not self.finished:
             self._run_epoch(None if held is None else held["random"])
             held = None
-        if self.checkpoint is not None and self.most_steps is None:
+        if self.checkpoint is not None and self.given.most_steps is None:
             self._save()
-        self.processes.return_to(self.given, self.model)
+        self.processes.return_to(self.original, self.model)
 
     def _run_epoch(self, state: Mapping[str, Any] | None) -> None:
         """One epoch; from the middle of it where `state` says how the generators stood there."""
-        epochs = self.options.epochs
         if state is None:
-            self.order = order_of(self.batches)
+            self.order = order_of(self.given.batches)
         else:
-            restore_order(self.batches, self.order)
+            restore_order(self.given.batches, self.order)
         # The order of an epoch follows from the seed and the steps before, whatever else was drawn.
-        seed_all(self.options.seed + self.first + self.epoch)
-        description, shown = self.show
-        shown = shown if writes_files() else False
-        batches = track(self.batches, f"{description}, epoch {self.epoch + 1} of {epochs}", shown=shown)
+        seed_all(self._seed(self.first + self.epoch))
+        title = f"{self.given.description}, epoch {self.epoch + 1} of {self.options.epochs}"
+        batches = track(self.given.batches, title, shown=self.given.shown)
         self.model.train()
         steps = 0
         for group in _groups(batches, self.options.accumulate):
@@ -334,7 +334,7 @@ class _Stage:
         self._end_epoch()
 
     def _step(self, group: list[Any]) -> None:
-        self.processes.seed_step(self.options.seed + self.log.steps)
+        self.processes.seed_step(self._seed(self.log.steps))
         samples = sum(map(batch_size, group))
         total, extra = 0.0, {}
         self.optimiser.zero_grad(set_to_none=True)
@@ -342,8 +342,8 @@ class _Stage:
             last = index == len(group) - 1
             loss, value = self._loss(batch, samples)
             total += value
-            if last and self.hooks.penalty is not None:
-                added = self.hooks.penalty(self.model)
+            if last and self.given.penalty is not None:
+                added = self.given.penalty(self.model)
                 extra = {"penalty": float(added.detach())}
                 self._check("penalty", extra["penalty"], batch)
                 loss = loss + added / self.processes.count
@@ -355,11 +355,11 @@ class _Stage:
         self.optimiser.step()
         if self.scheduler is not None:
             self.scheduler.step()
-        if self.hooks.after_step is not None:
-            self.hooks.after_step(self.model)
+        if self.given.after_step is not None:
+            self.given.after_step(self.model)
         self.done += 1
-        self.log.step(epoch=self.epoch, loss=total, **extra, **self.notes)
-        self.finished = self.log.steps - self.first == self.most_steps
+        self.log.step(epoch=self.epoch, loss=total, **extra, **self.given.notes)
+        self.finished = self.log.steps - self.first == self.given.most_steps
         if self.checkpoint is not None and self.processes.agree(self.checkpoint.due()):
             self._save()
 
@@ -376,10 +376,10 @@ class _Stage:
 
     def _end_epoch(self) -> None:
         metric = None
-        if self.hooks.metric is not None:
+        if self.given.metric is not None:
             with evaluating(self.model), torch.no_grad():
-                metric = self.processes.agree(float(self.hooks.metric(self.model)))
-            self.log.note(epoch=self.epoch, metric=metric, **self.notes)
+                metric = self.processes.agree(float(self.given.metric(self.model)))
+            self.log.note(epoch=self.epoch, metric=metric, **self.given.notes)
         self.epoch, self.done = self.epoch + 1, 0
         self.finished = self.epoch == self.options.epochs
         if self.options.patience is None or metric is None:
@@ -392,6 +392,10 @@ class _Stage:
         self.finished |= self.waited >= self.options.patience
         if self.finished:
             self.processes.put(self.model, self.best["model"])
+
+    def _seed(self, number: int) -> int:
+        """One of this training's seeds; those of others are far from it."""
+        return self.options.seed * 1_000_003 + number
 
     # -- what goes wrong
 
