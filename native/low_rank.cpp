@@ -13,8 +13,9 @@ namespace {
 // Inputs per pass over the weights: their x Rᵀ stays in the cache between the two products.
 constexpr std::int64_t slice = 64;
 
-// Multiply-adds below which waking a thread costs more than it saves.
-constexpr std::int64_t worth_a_thread = 256 * 1024;
+// Multiply-adds below which waking a thread costs more than it saves: PyTorch's own threads, which keep spinning
+// after their work, may have to give up a core first.
+constexpr std::int64_t worth_a_thread = 1024 * 1024;
 
 float *scratch(std::int64_t floats) {
     thread_local std::vector<float> memory;

@@ -13,8 +13,9 @@ namespace weft {
 
 namespace {
 
-// Multiply-adds below which waking a thread costs more than it saves.
-constexpr std::int64_t worth_a_thread = 256 * 1024;
+// Multiply-adds below which waking a thread costs more than it saves: PyTorch's own threads, which keep spinning
+// after their work, may have to give up a core first.
+constexpr std::int64_t worth_a_thread = 1536 * 1024;
 
 template <typename Number>
 Number *at_least(std::vector<Number> &memory, std::int64_t count) {

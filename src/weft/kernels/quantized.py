@@ -412,9 +412,10 @@ def _check_codebook(
 # ------------------------------------------------------------------------------------------------------------
 # In memory
 
-# The largest batch for the native products with float vectors: beyond it it measures faster to write the
-# weights out and to call the vendor's product. Those with vectors of 8 bits win at every batch.
-_LARGEST_FLOAT_BATCH = 12
+# The largest batches for the native products with float vectors, for groups and codebooks or one scale per
+# row: beyond them it measures faster (AVX-512 with VNNI, 384 to 1280 inputs) to write the weights out and to
+# call the vendor's product. Those with vectors of 8 bits win at every batch.
+_LARGEST_FLOAT_BATCH, _LARGEST_WHOLE_ROW_BATCH = 12, 64
 _ANY_BATCH = 1 << 62
 
 
@@ -432,7 +433,9 @@ def _apply_in_memory(
     """The product by native code; None where the guard forbids it or sizes do not fit together."""
     if _native_quantized is None:
         return None
-    largest = _ANY_BATCH if int8 else _LARGEST_FLOAT_BATCH
+    largest = _LARGEST_WHOLE_ROW_BATCH if group == inputs else _LARGEST_FLOAT_BATCH
+    if int8:
+        largest = _ANY_BATCH
     y = _native_quantized(
         x, codes, scales, zeros, bias, bits, group, inputs, int8, largest, _get_num_threads()
     )
