@@ -17,7 +17,6 @@ experiments/results/learning_compression.json and not run again. Skips where the
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -205,15 +204,12 @@ def run(name: str) -> dict[str, Any]:
         training = Training(epochs, 1e-3)
         return FineTune(training).run(small, data.batches(), checkpoint=Path(f"{folder}_{way}")).model
 
-    begin, steps = time.process_time(), len(row.scheme.penalties)
+    steps = len(row.scheme.penalties)
     small, log = row.scheme.run(model, row.tasks, data.batches(), survey=survey, checkpoint=folder)
     learned = tuned(small, "tuned", steps // 2)
-    seconds = {"lc, tuned": time.process_time() - begin}
-    begin = time.process_time()
     found = {layer: small.get_submodule(layer).matrix.structure for layer in structured_layers(small)}
     direct, _ = weft.compress(model, found, survey, batches=data.calibration())
     direct_tuned = tuned(direct, "direct", steps + steps // 2)
-    seconds["direct, tuned"] = time.process_time() - begin
     sample = data.parts["test"][0][0][:1]
     return {
         "network": row.network,
@@ -233,7 +229,6 @@ def run(name: str) -> dict[str, Any]:
             "multiply_adds": network_cost(model, sample).multiply_adds
             / network_cost(small, sample).multiply_adds,
         },
-        "processor_seconds": seconds,
         "seed": row.scheme.training.seed,
         "environment": surroundings(),
     }
