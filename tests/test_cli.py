@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from weft import compress, load, save
 from weft.cli import app, main
@@ -364,4 +366,52 @@ def test_finetune_refuses_what_makes_no_sense(
     network, _ = compress(load_model("models.py:network"), {"4": LowRank(2)})
     save(network, "small.safetensors", source="models.py:network")
     assert weft(monkeypatch, f"finetune small.safetensors --data digits {options}") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_in_shards_goes_the_whole_way_without_a_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(512, 64), nn.Linear(64, 10))
+    (folder / "dense").mkdir()
+    save_file(model.state_dict(), folder / "dense" / "model.safetensors")
+    assert weft(monkeypatch, "survey --shards dense") == 0
+    assert "3 weights can be replaced" in capsys.readouterr().out
+    assert weft(monkeypatch, "plan survey.json --budget bytes=0.3 --workers 1") == 0
+    assert weft(monkeypatch, "compress plan.json -o two") == 0
+    assert weft(monkeypatch, "plan --shards dense --budget bytes=0.3 --workers 1 -o other.json") == 0
+    assert weft(monkeypatch, "compress --shards dense --budget bytes=0.3 --workers 1 -o one") == 0
+    assert "wrote one" in capsys.readouterr().out
+    found = [load(folder / name, model=model).state_dict() for name in ("one", "two")]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert sum(tensor.nbytes for tensor in found[0].values()) <= 0.3 * sum(
+        tensor.nbytes for tensor in model.state_dict().values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("survey", "MODEL or --shards must be one of the two, got neither"),
+        ("survey models.py:network --shards dense", "MODEL or --shards must be one of the two, got both"),
+        ("plan --budget bytes=0.5", "SURVEY or --shards must be one of the two, got neither"),
+        ("compress", "MODEL or --shards must be one of the two, got neither"),
+        ("survey --shards dense --data digits", "--data must be left out with --shards, got digits"),
+        ("compress --shards dense --budget bytes=0.5 --epochs 2", "--epochs must be left out with --shards"),
+        ("compress --shards dense", "--budget must be given with a model, got none"),
+        ("survey --shards nowhere", "shards must be an existing folder"),
+    ],
+)
+def test_what_shards_cannot_be_combined_with_is_said(
+    command: str,
+    message: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (folder / "dense").mkdir()
+    save_file({"0.weight": torch.ones(4, 4)}, folder / "dense" / "model.safetensors")
+    assert weft(monkeypatch, command) == 2
     assert message in capsys.readouterr().err

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import math
+import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.nn.utils import parametrizations
 import weft
 from weft import survey as survey_of
 from weft.layers.convolution import geometry_of
+from weft.numerics import gram
 from weft.numerics.gram import BlockDiagonalGram, DenseGram, DiagonalGram
 from weft.structures.base import Cost
 from weft.structures.low_rank import LowRank
@@ -798,3 +800,49 @@ def test_other_json_is_refused(mixed: nn.Module, tmp_path: Path, text: str, mess
 def test_the_moments_do_not_overwrite_the_summary(mixed: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="path must be a JSON file's name"):
         survey_of(mixed, images()).save(tmp_path / "survey.safetensors")
+
+
+def test_spilled_moments_are_mapped_by_workers_and_removed_with_their_grams(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(90, 40), nn.ReLU(), nn.Linear(40, 30))
+    batches = [torch.randn(50, 90) for _ in range(3)]
+    in_memory = weft.survey(model, batches, teacher=model)
+    spilled = weft.survey(model, batches, teacher=model, gram_memory=0, spill=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4  # one for every Gram
+    layer = spilled.layers["0"]
+    assert len(pickle.dumps(layer)) < 10_000 + layer.weight.nbytes < len(pickle.dumps(in_memory.layers["0"]))
+    copied = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(copied.input_gram.moment, layer.input_gram.moment)
+    assert copied.input_gram.ridge == layer.input_gram.ridge
+    curves = [
+        weft.error_curves(found, weft.structures.select("LowRank"), workers=count)
+        for found, count in ((in_memory, 1), (spilled, 1), (spilled, 2))
+    ]
+    for name in curves[0]:
+        points = [
+            torch.tensor([point.error for point in curve[name]], dtype=torch.float64) for curve in curves
+        ]
+        for other in points[1:]:
+            torch.testing.assert_close(points[0], other, rtol=1e-4, atol=1e-6)
+    del spilled, layer, curves, copied
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("numbers", [1, 90, 400])
+def test_a_moment_grows_by_pieces_and_is_applied_by_pieces(
+    numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = torch.randn(2, 17, 30, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(gram, "_NUMBERS_AT_A_TIME", numbers)
+    total = torch.ones(2, 30, 30, dtype=torch.float64)
+    gram.add_products(total, vectors)
+    expected = 1 + vectors.double().mT @ vectors.double()
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+    metric = DenseGram(total[0])
+    torch.testing.assert_close(
+        metric.matmul(vectors[0].double()),
+        vectors[0].double() @ (expected[0] + metric.ridge * torch.eye(30, dtype=torch.float64)),
+        rtol=1e-5,
+        atol=1e-4,
+    )

@@ -32,11 +32,12 @@ from weft.schemes.iterative_pruning import IterativePruning
 from weft.schemes.learning_compression import LearningCompression
 from weft.schemes.result import Result
 from weft.schemes.search import SearchResult, search
+from weft.schemes.shards import compress_shards
 from weft.sources import load
 from weft.squeeze import squeeze
 from weft.storage import save
 from weft.structures import families, from_json
-from weft.survey import Survey, survey
+from weft.survey import Survey, survey, survey_shards
 
 __version__ = importlib.metadata.version("weft")
 
@@ -55,6 +56,7 @@ __all__ = [
     "Survey",
     "allocate",
     "compress",
+    "compress_shards",
     "error_curves",
     "families",
     "fine_tune",
@@ -68,4 +70,5 @@ __all__ = [
     "search",
     "squeeze",
     "survey",
+    "survey_shards",
 ]

@@ -16,6 +16,7 @@ from torch import nn
 import weft
 from weft import checks
 from weft.bench import CACHES, compare_layers, compare_networks, members_of_size, record
+from weft.checkpoint import WEIGHTS
 from weft.demo import demonstrate
 from weft.export.onnx import check_onnx, export_onnx
 from weft.export.torch_export import export_torch
@@ -42,6 +43,7 @@ from weft.schemes.learning_compression import LearningCompression, Priced, Task,
 from weft.schemes.log import read_log
 from weft.schemes.processes import writes_files
 from weft.schemes.search import SearchResult, search
+from weft.schemes.shards import compress_shards
 from weft.schemes.training import OPTIMISERS, SCHEDULES, Training
 from weft.sources import Data, load, load_data, load_model
 from weft.sources.augmentation import Augmented
@@ -49,7 +51,7 @@ from weft.sources.splits import IndexedSplit
 from weft.storage import coder_of, read_json, read_metadata, save, structured_layers, write_text
 from weft.structures import families, from_text, select
 from weft.structures.base import Candidate, Structure, StructuredMatrix, relative_error
-from weft.survey import Survey, survey
+from weft.survey import Survey, survey, survey_shards
 
 app = typer.Typer(
     help="Trained networks made smaller and faster by re-weaving their weights from structured matrices.",
@@ -118,6 +120,17 @@ WorkerMemory = Annotated[
         help="GiB that each process may take; default: the machine's (a Ray node's) shared out evenly.",
     ),
 ]
+Shards = Annotated[
+    Path | None,
+    typer.Option(
+        "--shards",
+        help="In place of a model: a folder of safetensors shards, read one layer at a time; no data.",
+    ),
+]
+LayerNames = Annotated[
+    str,
+    typer.Option("--layers", help="With --shards: which tensors of two or four axes are layers' weights."),
+]
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Where curves and times are kept; default: ~/.cache/weft.")
 ]
@@ -130,7 +143,10 @@ Sequential = Annotated[
         "--sequential", help="Fit every layer to what the compressed ones before it give; slower, better."
     ),
 ]
-Smallfile = Annotated[Path, typer.Argument(metavar="FILE", help="A network that weft saved (.safetensors).")]
+Smallfile = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="A network that weft saved: .safetensors, or a folder."),
+]
 Dense = Annotated[
     str | None, typer.Option("--model", help="The dense network, where FILE does not record its source.")
 ]
@@ -147,13 +163,16 @@ ThreadCounts = Annotated[
 
 @app.command(
     "survey",
-    epilog="Example: weft survey torchvision:resnet18 --data imagefolder:photos --samples 512 -o survey.json",
+    epilog="Examples: weft survey torchvision:resnet18 --data imagefolder:photos --samples 512 -o survey.json"
+    "    weft survey --shards checkpoint -o survey.json",
 )
 def survey_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The survey to write.")] = Path(
         "survey.json"
     ),
+    shards: Shards = None,
+    layer_names: LayerNames = WEIGHTS,
     weights: Weights = None,
     data: DataSource = None,
     samples: Samples = 1024,
@@ -169,30 +188,51 @@ def survey_command(
     ] = False,
     latency_batch: LatencyBatch = 1,
     cache: Cache = None,
+    gram_memory: Annotated[
+        float, typer.Option("--gram-memory", help="GiB for all Grams; those beyond it are in files.")
+    ] = 4.0,
+    spill: Annotated[
+        Path | None, typer.Option("--spill", help="The folder for these files; default: the temporary one.")
+    ] = None,
 ) -> None:
     """Lists a network's layers with their costs, and measures what flows through them."""
-    network = load_model(model, weights)
+    source = _given("MODEL", model, shards)
+    if shards is not None:
+        _without("--shards", data=data, weights=weights, fisher=fisher, times=times)
+        found = survey_shards(shards, layers=layer_names)
+        _print_survey(found, None, None)
+        found.save(output, shards=(str(shards), layer_names))
+        console.print(f"wrote {output}")
+        return
+    network = load_model(source, weights)
     loaded = _load_data(data)
     if times and loaded is None:
         raise ValueError(checks.fault("--data", "given with --times", "none", "add --data"))
-    found = _survey(network, loaded, samples, batch_size, fisher)
+    room = int(checks.positive("--gram-memory", gram_memory) * 2**30)
+    found = _survey(network, loaded, samples, batch_size, fisher, gram_memory=room, spill=spill)
     advice = table = None
     if times and loaded is not None:
         folder = default_folder() if cache is None else cache
         table = LatencyTable(network, found, loaded.sample_input, batch=latency_batch, cache=folder)
         advice = advise(table, found, select("all"))
     _print_survey(found, advice, None if table is None else table.dense_seconds)
-    found.save(output, source=model, weights=_text(weights))
+    found.save(output, source=source, weights=_text(weights))
     console.print(f"wrote {output}")
 
 
 @app.command(
-    "plan", epilog="Example: weft plan survey.json --budget parameters=0.25 --families LowRank -o plan.json"
+    "plan",
+    epilog="Examples: weft plan survey.json --budget parameters=0.25 --families LowRank -o plan.json    "
+    "weft plan --shards checkpoint --budget bytes=0.25 -o plan.json",
 )
 def plan_command(
-    survey_file: Annotated[Path, typer.Argument(metavar="SURVEY", help="What weft survey wrote.")],
     budget: BudgetText,
+    survey_file: Annotated[
+        Path | None, typer.Argument(metavar="[SURVEY]", help="What weft survey wrote.")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The plan to write.")] = Path("plan.json"),
+    shards: Shards = None,
+    layer_names: LayerNames = WEIGHTS,
     chosen: FamilyNames = "LowRank",
     method: Method = "lagrangian",
     keep_dense: KeepDense = "",
@@ -213,17 +253,20 @@ def plan_command(
         remedy = "use weft compress MODEL --budget keep=..., which measures every step"
         raise ValueError(checks.fault("--budget keep", "left to weft compress", limits.keep, remedy))
     rules, processes = _constraints(keep_dense, only), _Workers(workers, ray, worker_memory)
-    network, found, summary = _read_survey(survey_file)
+    survey_name = _given("SURVEY", survey_file, shards)
+    if shards is not None:
+        network, found = _NO_NETWORK, survey_shards(shards, layers=layer_names)
+        origin = {"source": "", "weights": "", "shards": [str(shards), layer_names]}
+    else:
+        network, found, summary = _read_survey(Path(survey_name))
+        origin = {key: summary.get(key, []) for key in ("source", "weights", "shards")}
+    if origin["shards"]:
+        _without("--shards", data=data)
     planning = _Planning(chosen, method, rules, sensitivity, samples, batch_size, processes, cache)
     planner = _Planner(network, found, _load_data(data), planning, latency_batch)
     plan = planner.plan(limits)
     _print_plan(plan, found)
-    record = {
-        **plan.to_json(),
-        "source": summary["source"],
-        "weights": summary["weights"],
-        "survey": str(survey_file),
-    }
+    record = {**plan.to_json(), **origin, "survey": survey_name}
     write_text(output, json.dumps(record, indent=1))
     console.print(f"wrote {output}")
 
@@ -233,15 +276,18 @@ def plan_command(
     epilog="Examples: weft compress plan.json --data digits -o small.safetensors    "
     "weft compress model.py:make --data digits --budget bytes=0.25 -o small.safetensors    "
     "weft compress model.py:make --data digits --scheme lc --price parameters=1e-5 -o small.safetensors    "
-    "weft compress plan.json --data digits --scheme iterative --steps 8 --epochs 2 -o small.safetensors",
+    "weft compress plan.json --data digits --scheme iterative --steps 8 --epochs 2 -o small.safetensors    "
+    "weft compress --shards checkpoint --budget bytes=0.25 -o small",
 )
 def compress_command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL|PLAN", help=f"A plan (.json), or a model. {MODEL_HELP}")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The network to write.")] = Path(
-        "small.safetensors"
-    ),
+        str | None, typer.Argument(metavar="[MODEL|PLAN]", help=f"A plan (.json), or a model. {MODEL_HELP}")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The network to write; with --shards a folder.")
+    ] = Path("small.safetensors"),
+    shards: Shards = None,
+    layer_names: LayerNames = WEIGHTS,
     weights: Weights = None,
     data: DataSource = None,
     budget: Annotated[
@@ -304,7 +350,7 @@ def compress_command(
     """Fits every layer of a plan, or walks the whole path from a model to a smaller one."""
     _check_folder(output)
     checks.one_of("--scheme", scheme, SCHEMES)
-    if price is not None and (scheme != "lc" or budget is not None or model.endswith(".json")):
+    if price is not None and (scheme != "lc" or budget is not None or str(model).endswith(".json")):
         remedy = "e.g. weft compress MODEL --data digits --scheme lc --price parameters=1e-6"
         expected = "given with MODEL and --scheme lc, without --budget"
         raise ValueError(checks.fault("--price", expected, price, remedy))
@@ -313,20 +359,44 @@ def compress_command(
     searched = None
     processes = _Workers(workers, ray, worker_memory)
     pool = processes.pool(1)
-    if model.endswith(".json"):
-        if budget is not None:
-            raise ValueError(
-                checks.fault("--budget", "left out with a plan", budget, "plan again for another budget")
-            )
-        record = read_json(model, "weft_plan", "write it with weft plan")
+    is_plan = model is not None and model.endswith(".json")
+    record = read_json(str(model), "weft_plan", _PLANNED) if is_plan else {}
+    if record and budget is not None:
+        remedy = "plan again for another budget"
+        raise ValueError(checks.fault("--budget", "left out with a plan", budget, remedy))
+    if shards is not None or record.get("shards"):
+        output = output.with_suffix("") if output.suffix == ".safetensors" else output
+        left_out = {"data": data, "weights": weights, "fisher": fisher, "epochs": epochs}
+        left_out["scheme"] = None if scheme == "direct" else scheme
+        _without("--shards", sequential=sequential, sensitivity=sensitivity != "predicted", **left_out)
+        origin = record["shards"] if shards is None else (str(shards), layer_names)
+        found = survey_shards(origin[0], layers=origin[1], check=not record)
+        if record:
+            plan = Plan.load(str(model))
+        else:
+            limits, rules = Budget.parse(_needed_budget(budget)), _constraints(keep_dense, only)
+            planning = _Planning(chosen, method, rules, sensitivity, 256, batch_size, processes, cache)
+            plan = _Planner(_NO_NETWORK, found, None, planning, latency_batch).plan(limits)
+        log = compress_shards(
+            origin[0],
+            plan,
+            output,
+            survey=found,
+            source="" if record else model or "",
+            entropy_coding=entropy_coding,
+            **pool,
+        )
+        _print_plan(plan, found, log)
+        console.print(f"wrote {output} ({sum(file.stat().st_size for file in output.iterdir()):,} bytes)")
+        return
+    model = _given("MODEL", model, None)
+    if record:
         plan = Plan.load(model)
         network, found, _ = _read_survey(Path(record["survey"]))
         source, weights_file = record["source"], record["weights"]
         loaded = _load_data(data)
     else:
-        if budget is None and worth is None:
-            remedy = "e.g. --budget bytes=0.25"
-            raise ValueError(checks.fault("--budget", "given with a model", "none", remedy))
+        budget = _needed_budget(budget) if worth is None else budget
         network = load_model(model, weights)
         loaded = _load_data(data)
         found = _survey(network, loaded, samples, batch_size, fisher)
@@ -709,17 +779,47 @@ def demo_command(
 # ----------------------------------------------------------------------------------------------------
 
 
+_PLANNED = "write it with weft plan"
+_NO_NETWORK = nn.Identity()  # a checkpoint comes without one; what would need it is refused
+
+
+def _given(argument: str, value: object, shards: Path | None) -> str:
+    """The argument, which must be there where shards are not, and the other way round."""
+    if (value is None) == (shards is None):
+        got = "neither" if value is None else "both"
+        remedy = "e.g. weft survey model.py:make, or weft survey --shards checkpoint"
+        raise ValueError(checks.fault(f"{argument} or --shards", "one of the two", got, remedy))
+    return "" if value is None else str(value)
+
+
+def _without(where: str, **given: object) -> None:
+    """Checks that options are not given which need the network itself."""
+    for name, value in given.items():
+        if value not in {None, False}:
+            remedy = "leave it out, or give a model in place of the shards"
+            raise ValueError(checks.fault(f"--{name}", f"left out with {where}", value, remedy))
+
+
+def _needed_budget(budget: str | None) -> str:
+    if budget is None:
+        remedy = "e.g. --budget bytes=0.25"
+        raise ValueError(checks.fault("--budget", "given with a model", "none", remedy))
+    return budget
+
+
 def _load_data(source: str | None) -> Data | None:
     return None if source is None else load_data(source)
 
 
-def _survey(network: nn.Module, data: Data | None, samples: int, batch_size: int, fisher: bool) -> Survey:
+def _survey(
+    network: nn.Module, data: Data | None, samples: int, batch_size: int, fisher: bool, **options: Any
+) -> Survey:
     if data is None:
         if fisher:
             raise ValueError(checks.fault("--data", "given with --fisher", "none", "add --data"))
         return survey(network)
     batches = data.inputs("calibration", batch_size=batch_size, limit=samples)
-    return survey(network, batches, teacher=network if fisher else None)
+    return survey(network, batches, teacher=network if fisher else None, **options)
 
 
 @dataclass(frozen=True)
@@ -873,6 +973,9 @@ def _print_sensitivity(found: Sensitivity) -> None:
 
 def _read_survey(path: Path) -> tuple[nn.Module, Survey, dict[str, Any]]:
     summary = read_json(path, "weft_survey", "write it with weft survey")
+    if summary.get("shards"):
+        folder, layer_names = summary["shards"]
+        return _NO_NETWORK, survey_shards(folder, layers=layer_names, check=False), summary
     network = load_model(summary["source"], summary["weights"] or None)
     return network, Survey.load(path, network), summary
 
@@ -1032,7 +1135,7 @@ def main() -> None:
     """Runs the command line; what the user can mend is one line on standard error and exit status 2."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         if os.environ.get("WEFT_TRACEBACK"):
             raise
         line = " ".join(str(error).split())

@@ -11,13 +11,16 @@ The metadata of a file written by `save`:
 
     coding          JSON, in version 2: {tensor name: [dtype, shape]} of the tensors that are entropy-coded
 
+A network may also be a folder of such files, each with a part of it, and `model.safetensors.index.json`,
+which says where every tensor is.
+
 The tensors are those of the network's state dict, shared ones once. A coded one is a row of bytes, as
 `weft.numerics.entropy_coding` writes them, and carries a checksum.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft import checks
+from weft.checkpoint import INDEX, listed
 from weft.layers.base import StructuredLayer
 from weft.layers.replace import dense_weight, refusal, replace_layer
 from weft.numerics.entropy_coding import DamagedError, check_coder, decode_tensor, encode_tensor
 from weft.structures import from_json
+from weft.structures.base import StructuredMatrix
 
 FORMAT_VERSION = "1"
 CODED_VERSION = "2"  # a reader that knows only version 1 would take the codes for tensors
@@ -189,20 +194,58 @@ def save(
     coder = coder_of(entropy_coding)
     tensors, aliases = _unique_tensors(model)
     plan = {
-        first: {
-            "names": list(names),
-            "structure": _matrix(model, first).structure.to_json(),
-            "shape": list(_matrix(model, first).shape),
-        }
-        for first, names in structured_layers(model).items()
+        first: plan_entry(names, _matrix(model, first)) for first, names in structured_layers(model).items()
     }
+    return write_network(path, tensors, plan, aliases=aliases, source=source, weights=weights, coder=coder)
+
+
+def plan_entry(names: Sequence[str], matrix: StructuredMatrix) -> dict[str, Any]:
+    """What a file says of a structured layer.
+
+    Args:
+        names: all layers that share the matrix.
+        matrix: the matrix.
+
+    Returns:
+        JSON-ready data.
+    """
+    return {"names": list(names), "structure": matrix.structure.to_json(), "shape": list(matrix.shape)}
+
+
+def write_network(
+    path: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    plan: Mapping[str, dict[str, Any]],
+    *,
+    aliases: Mapping[str, str] | None = None,
+    source: str = "",
+    weights: str = "",
+    coder: str | None = None,
+    more: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes a network, or a part of one, from its tensors.
+
+    Args:
+        path: the file to write.
+        tensors: those to store, contiguous.
+        plan: what `plan_entry` says of the structured layers, by their first names.
+        aliases: further names of stored tensors.
+        source: the model source.
+        weights: the file of the dense network's weights.
+        coder: the entropy coder; None for none.
+        more: further metadata.
+
+    Returns:
+        The path.
+    """
     metadata = {
         "format": "weft",
         "format_version": FORMAT_VERSION,
         "plan": json.dumps(plan),
-        "aliases": json.dumps(aliases),
+        "aliases": json.dumps(aliases or {}),
         "source": source,
         "weights": weights,
+        **(more or {}),
     }
     if coder is not None:
         tensors, coding = _coded(tensors, coder)
@@ -279,8 +322,12 @@ def _read(
     path: str | os.PathLike[str], *, with_tensors: bool = True
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = Path(path)
+    index = file / INDEX if file.is_dir() else file
+    if index.suffix == ".json" and index.is_file():
+        return _read_shards(index, with_tensors=with_tensors)
     if not file.is_file():
-        raise FileNotFoundError(checks.fault("path", "an existing file", file, "check the name"))
+        got = f"a folder without {INDEX}" if file.is_dir() else file
+        raise FileNotFoundError(checks.fault("path", "an existing file", got, "check the name"))
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(file, framework="pt") as opened:
@@ -303,6 +350,23 @@ def _read(
     if version == CODED_VERSION and with_tensors:
         tensors = _decoded(tensors, _dictionary(metadata, "coding", file), file)
     return {**metadata, **{name: _dictionary(metadata, name, file) for name in ("plan", "aliases")}}, tensors
+
+
+def _read_shards(index: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The parts of a network together."""
+    places = listed(index)
+    whole: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for shard in dict.fromkeys(places.values()):
+        metadata, own = _read(shard, with_tensors=with_tensors)
+        for name in ("plan", "aliases"):
+            metadata[name] = {**whole.get(name, {}), **metadata[name]}
+        whole = metadata
+        tensors |= own
+    parts = checks.missing_and_surplus(tensors, places) if with_tensors else []
+    if parts:
+        raise ValueError(checks.fault(f"tensors of {index}", "those listed", "; ".join(parts), _DAMAGED))
+    return whole, tensors
 
 
 def _dictionary(metadata: Mapping[str, str], name: str, file: Path) -> dict[str, Any]:
@@ -335,7 +399,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     owner = f"of {path}"
     for first, entry in metadata["plan"].items():
         try:
-            names, shape, structure = entry["names"], tuple(entry["shape"]), from_json(entry["structure"])
+            names = _with_ties(model, entry["names"])
+            shape, structure = tuple(entry["shape"]), from_json(entry["structure"])
         except (KeyError, TypeError, ValueError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"layer {first} {owner}: {reason}") from error
@@ -356,6 +421,15 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         model = replace_layer(model, names, matrix)
     _assign(model, tensors, aliases, owner)
     return model
+
+
+def _with_ties(model: nn.Module, names: list[str]) -> list[str]:
+    """Layers, and those that the model ties to them: a checkpoint holds a shared weight under one name."""
+    layers = dict(model.named_modules(remove_duplicate=False))
+    weights = [layers[name]._parameters.get("weight") for name in names if name in layers]  # noqa: SLF001
+    shared = {id(weight) for weight in weights if weight is not None}
+    tied = [name for name, layer in layers.items() if id(layer._parameters.get("weight")) in shared]  # noqa: SLF001
+    return list(dict.fromkeys([*names, *tied]))
 
 
 def _check_layers(model: nn.Module, names: list[str], shape: tuple[int, ...], owner: str) -> None:
@@ -383,6 +457,13 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[st
     places = model.state_dict(keep_vars=True)
     remedy = "load it into the network it was made from"
     given = {**{name: name for name in tensors}, **aliases}
+    # A checkpoint holds what the model ties under one of its names.
+    owners = {id(place): name for name, place in places.items() if name in given}
+    given |= {
+        name: given[owners[id(place)]]
+        for name, place in places.items()
+        if name not in given and id(place) in owners
+    }
     parts = checks.missing_and_surplus(given, places)
     if parts:
         raise ValueError(checks.fault(f"tensors {owner}", "those of the model", "; ".join(parts), remedy))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from weft import checks
+from weft.checkpoint import WEIGHTS, Checkpoint, StoredTensor
 from weft.layers.replace import dense_weight, geometry_of_layer, looks_up, refusal
 from weft.measure import (
     Batch,
@@ -28,7 +29,7 @@ from weft.measure import (
     slow_attention_path,
     to_device,
 )
-from weft.numerics.gram import DEFAULT_SHRINKAGE, alone
+from weft.numerics.gram import DEFAULT_SHRINKAGE, MomentFile, add_products, alone, mapped
 from weft.progress import track
 from weft.storage import read_json, write_beside, write_text
 from weft.structures.base import (
@@ -72,6 +73,8 @@ class LayerSurvey:
         output_gram: the metric on outputs; None without `loss` or `teacher`.
         mean_input: the mean input vector (patch); None without batches.
         mean_output: the mean output vector; None without batches.
+        stored: where the weight lies, for a checkpoint without a model; `weight` then has shape and dtype
+            alone (it is on the device "meta"), and `read` gives the rest.
     """
 
     name: str
@@ -84,6 +87,7 @@ class LayerSurvey:
     output_gram: Gram | None = field(default=None, repr=False, compare=False)
     mean_input: Tensor | None = field(default=None, repr=False, compare=False)
     mean_output: Tensor | None = field(default=None, repr=False, compare=False)
+    stored: StoredTensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,9 +111,17 @@ class LayerSurvey:
     def __getstate__(self) -> dict[str, Any]:
         state = vars(self).copy()
         for role in ("weight", "mean_input", "mean_output"):
-            if state[role] is not None:
+            if state[role] is not None and not state[role].is_meta:
                 state[role] = alone(state[role])
         return state
+
+    def read(self) -> "LayerSurvey":
+        """The same with its weight, where that lies in a checkpoint; to be forgotten soon after.
+
+        Returns:
+            The layer itself where it has its weight.
+        """
+        return self if self.stored is None else replace(self, weight=self.stored.read(), stored=None)
 
     def release(self) -> None:
         """Drops what the Grams kept for the next fit."""
@@ -172,13 +184,22 @@ class Survey:
             "left_dense": self.left_dense,
         }
 
-    def save(self, path: str | os.PathLike[str], *, source: str = "", weights: str = "") -> Path:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        source: str = "",
+        weights: str = "",
+        shards: Sequence[str] = (),
+    ) -> Path:
         """Writes the summary as JSON, and the second moments beside it as safetensors.
 
         Args:
             path: the JSON file; the moments go to the same name with `.safetensors`.
             source: the model source, recorded for the next verb.
             weights: the file of its weights, likewise.
+            shards: in the place of both a checkpoint's folder and its layers' names, as `survey_shards` takes
+                them.
 
         Returns:
             The JSON file's path.
@@ -204,7 +225,8 @@ class Survey:
                     tensors[f"{name}|{role}|vector"] = mean.contiguous()
         if tensors:
             write_beside(target.with_suffix(".safetensors"), lambda beside: save_file(tensors, beside))
-        summary = {**self.to_json(), "source": source, "weights": weights, "moments": bool(tensors)}
+        origin = {"source": source, "weights": weights, "shards": list(shards)}
+        summary = {**self.to_json(), **origin, "moments": bool(tensors)}
         return write_text(target, json.dumps(summary, indent=1))
 
     @classmethod
@@ -499,9 +521,12 @@ class _Moments:
         self.vectors += vectors.shape[1]
 
     def _add_input_moment(self, vectors: Tensor) -> None:
-        moment = vectors.square().sum(1) if self.diagonal else vectors.mT @ vectors
-        if self.input_moment is not None:
-            self.input_moment += moment.to(device="cpu", dtype=torch.float64)
+        if self.input_moment is None:
+            return
+        if self.diagonal:
+            self.input_moment += vectors.square().sum(1).to(device="cpu", dtype=torch.float64)
+        else:
+            add_products(self.input_moment, vectors)
 
     def add_lookups(self, indices: Tensor) -> None:
         """Adds the rows of an embedding that were looked up."""
@@ -519,8 +544,10 @@ class _Moments:
             self._add_input_moment(rows.unsqueeze(0))
         if self.output_moment is None:
             return
-        moment = rows.square().sum(0) if self.wide_output else rows.T @ rows
-        self.output_moment += moment.to(device="cpu", dtype=torch.float64)
+        if self.wide_output:
+            self.output_moment += rows.square().sum(0).to(device="cpu", dtype=torch.float64)
+        else:
+            add_products(self.output_moment[None], rows[None])
 
     def _as_rows(self, y: Tensor) -> Tensor:
         if self.layer.geometry is not None:
@@ -566,23 +593,37 @@ class _Moments:
 
 
 class _Spill:
-    """Gives out zeroed float64 tensors; beyond a limit of memory they live in temporary files."""
+    """Gives out zeroed float64 tensors; beyond a limit of memory they live in files.
 
-    def __init__(self, limit: int) -> None:
+    Without a folder the files have no names, so that nothing is left behind whatever happens to the process.
+    In a folder they have: other processes map the same memory.
+    """
+
+    def __init__(self, limit: int, folder: str | os.PathLike[str] | None) -> None:
         self.left = limit
+        self.folder = folder
+        self.files: dict[int, MomentFile] = {}
 
     def zeros(self, shape: tuple[int, ...]) -> Tensor:
-        count = math.prod(shape)
-        if count * 8 <= self.left:
-            self.left -= count * 8
+        size = math.prod(shape) * 8
+        if size <= self.left:
+            self.left -= size
             return torch.zeros(shape, dtype=torch.float64)
-        handle, name = tempfile.mkstemp(prefix="weft-gram-")
+        handle, name = tempfile.mkstemp(prefix="weft-gram-", dir=self.folder)
         os.close(handle)
-        # A sparse file reads as zeros.
-        tensor = torch.from_file(name, shared=True, size=count, dtype=torch.float64)
-        # The mapping outlives the name, so that nothing is left behind whatever happens to the process.
-        Path(name).unlink()
-        return tensor.reshape(shape)
+        tensor = mapped(Path(name), shape)  # a sparse file reads as zeros
+        if self.folder is None:
+            Path(name).unlink()  # the mapping outlives it
+        else:
+            self.files[tensor.data_ptr()] = MomentFile(Path(name))
+        return tensor
+
+    def name(self, layer: LayerSurvey) -> LayerSurvey:
+        """Tells a finished layer's Grams which files they are in."""
+        for gram in (layer.input_gram, layer.output_gram):
+            if gram is not None:
+                gram.file = self.files.get(gram.moment.data_ptr())
+        return layer
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -597,6 +638,7 @@ def survey(
     teacher: nn.Module | None = None,
     shrinkage: float = DEFAULT_SHRINKAGE,
     gram_memory: int = 4 * 2**30,
+    spill: str | os.PathLike[str] | None = None,
     generator: torch.Generator | None = None,
     shown: bool | None = None,
 ) -> Survey:
@@ -618,7 +660,10 @@ def survey(
         teacher: gives output Grams without labels: labels are drawn from its softmax (Fisher); usually the
             model.
         shrinkage: the ridge of all Grams in units of the mean diagonal.
-        gram_memory: bytes of memory for all Grams together; those beyond it live in temporary files.
+        gram_memory: bytes of memory for all Grams together; those beyond it live in files that are mapped.
+        spill: the folder for these files, removed with their Grams: worker processes then map them as well
+            (on Ray it must be one that all nodes see). Where None, temporary files that only this process
+            sees.
         generator: the source of the drawn labels; a fixed seed where None.
         shown: whether to draw a progress bar; where None, only on a terminal.
 
@@ -652,8 +697,67 @@ def survey(
     if batches is None:
         return Survey(layers, left_dense, network_cost(model))
     return _with_moments(
-        model, batches, layers, left_dense, loss, teacher, shrinkage, gram_memory, generator, shown
+        model,
+        batches,
+        layers,
+        left_dense,
+        loss,
+        teacher,
+        shrinkage,
+        _Spill(gram_memory, spill),
+        generator,
+        shown,
     )
+
+
+def survey_shards(
+    folder: str | os.PathLike[str],
+    *,
+    layers: str = WEIGHTS,
+    check: bool = True,
+    shown: bool | None = None,
+) -> Survey:
+    """Finds the weights that can be replaced in a checkpoint, without a model and one weight at a time.
+
+    Names and shapes are all that a checkpoint tells: a weight of two axes is taken for a linear layer's or an
+    embedding's, one of four for a convolution's without groups that is not transposed. What is none of these
+    must be kept dense (`Constraints`), or left out of `layers`.
+
+    Args:
+        folder: safetensors shards with their index, or a single file.
+        layers: the weights' names; a layer's name is that without its last part.
+        check: whether every weight is read, to find out now what is not finite.
+        shown: whether to draw a progress bar; where None, only on a terminal.
+
+    Returns:
+        The survey, without Grams and multiply-adds, its weights left in their files.
+
+    Raises:
+        ValueError: no weight can be replaced, one is not finite, or a shard is damaged.
+    """
+    checkpoint = Checkpoint(folder)
+    found, left_dense = checkpoint.layers(layers)
+    if not found:
+        got = f"none like {layers!r} of {len(checkpoint.tensors)} tensors"
+        remedy = "give another pattern for their names"
+        raise ValueError(checks.fault("shards", "with weights of two or four axes", got, remedy))
+    surveyed = {}
+    for name, stored in track(found.items(), "reading", total=len(found), shown=shown):
+        if check:
+            checks.finite(f"weight of layer {name}", stored.read())
+        surveyed[name] = LayerSurvey(
+            name,
+            (name,),
+            torch.empty(stored.shape, dtype=stored.dtype, device="meta"),
+            Geometry((1, 1), ((0, 0), (0, 0)), (1, 1)) if len(stored.shape) == 4 else None,
+            stored=stored,
+        )
+    tensors = checkpoint.tensors.values()
+    total = Cost(
+        sum(math.prod(tensor.shape) for tensor in tensors if tensor.dtype is not None),
+        sum(tensor.nbytes for tensor in tensors),
+    )
+    return Survey(surveyed, left_dense, total)
 
 
 def _with_moments(
@@ -664,12 +768,11 @@ def _with_moments(
     loss: Callable[[Any, Batch], Tensor] | Literal["squared"] | None,
     teacher: nn.Module | None,
     shrinkage: float,
-    gram_memory: int,
+    spill: _Spill,
     generator: torch.Generator | None,
     shown: bool | None,
 ) -> Survey:
     backward = loss is not None or teacher is not None
-    spill = _Spill(gram_memory)
     moments = {name: _Moments(layer, spill, with_outputs=backward) for name, layer in layers.items()}
     caught: list[tuple[_Moments, Tensor]] = []
     handles = []
@@ -743,7 +846,7 @@ def _with_moments(
     reached = {}
     for name, own in moments.items():
         if own.vectors:
-            reached[name] = own.finish(samples, shrinkage)
+            reached[name] = spill.name(own.finish(samples, shrinkage))
         else:
             left_dense[name] = "no calibration data reached it"
     if not reached:

@@ -12,9 +12,11 @@ matrix).
 
 import hashlib
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ _LEAST_ROW_BLOCK, _ROW_BLOCKS = 16, 32
 # Below this ratio of the least to the largest pivot, Cholesky's factor is noise and eigenvalues are floored
 # instead.
 _SINGULAR = 1e-13
+# How many entries of a large moment are converted at a time.
+_NUMBERS_AT_A_TIME = 2**24
 
 
 class Gram(ABC):
@@ -38,6 +42,7 @@ class Gram(ABC):
 
     moment: Tensor
     ridge: float
+    file: "MomentFile | None" = None  # what the moment is a mapping of, where it is too large for memory
 
     @property
     @abstractmethod
@@ -85,15 +90,59 @@ class Gram(ABC):
         vars(self).pop("_roots", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in vars(self).items() if name != "_roots"}
-        return {**kept, "moment": alone(self.moment)}
+        state = {name: value for name, value in vars(self).items() if name not in {"_roots", "file"}}
+        if self.file is None:
+            return {**state, "moment": alone(self.moment)}
+        return {**state, "moment": (self.file.path, tuple(self.moment.shape))}  # another process maps it too
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        moment = state["moment"]
+        vars(self).update(state, moment=moment if isinstance(moment, Tensor) else mapped(*moment))
 
     def digest(self) -> str:
         """A hash of the contents, for caches."""
         content = hashlib.sha256(type(self).__name__.encode())
         content.update(repr(self.ridge).encode())
-        content.update(self.moment.contiguous().cpu().numpy().tobytes())
+        content.update(self.moment.contiguous().cpu().numpy().data)
         return content.hexdigest()
+
+
+class MomentFile:
+    """A file that holds a moment, removed when no Gram needs it any more.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        weakref.finalize(self, path.unlink, missing_ok=True)
+
+
+def mapped(path: Path, shape: Sequence[int]) -> Tensor:
+    """A float64 tensor whose memory is a file's, shared with all who map it.
+
+    Args:
+        path: the file; where it does not exist, it becomes one of zeros, which takes no room at first.
+        shape: the tensor's.
+
+    Returns:
+        The tensor.
+    """
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float64).reshape(shape)
+
+
+def add_products(total: Tensor, vectors: Tensor) -> None:
+    """Adds the second moment of vectors, a few rows of it at a time: it is never there twice.
+
+    Args:
+        total: the sum so far, float64 on the CPU, shape (groups, size, size), changed in place.
+        vectors: shape (groups, count, size).
+    """
+    rows = max(1, _NUMBERS_AT_A_TIME // vectors.shape[2])
+    for first in range(0, vectors.shape[2], rows):
+        part = vectors[:, :, first : first + rows].mT @ vectors
+        total[:, first : first + rows] += part.to(device="cpu", dtype=torch.float64)
 
 
 def alone(tensor: Tensor) -> Tensor:
@@ -188,7 +237,8 @@ class DenseGram(Gram):
         return _root(metric)
 
     def matmul(self, matrix: Tensor) -> Tensor:
-        return matrix @ self.moment.to(matrix) + self.ridge * matrix
+        parts = self.moment.split(max(1, _NUMBERS_AT_A_TIME // self.size), dim=1)
+        return torch.cat([matrix @ part.to(matrix) for part in parts], dim=-1) + self.ridge * matrix
 
     def whiten(self, matrix: Tensor) -> Tensor:
         return matrix @ self._roots[0].to(matrix)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.numerics.gram import BlockDiagonalGram, DenseGram, DiagonalGram, Gram, squared_error
-from weft.numerics.svd import truncated_svd
+from weft.numerics.svd import singular_values, singular_values_by_gram, truncated_svd
 from weft.numerics.variable_projection import solve_left
 
 
@@ -87,7 +87,8 @@ def errors_by_rank(matrix: Tensor, input_gram: Gram | None = None, output_gram: 
         matrix = output_gram.whiten(matrix.T).T
     if input_gram is not None:
         matrix = input_gram.whiten(matrix)
-    energy = torch.linalg.svdvals(matrix.to(torch.float64)).square()
+    values = singular_values_by_gram(matrix) if matrix.dtype == torch.float32 else singular_values(matrix)
+    energy = values.square()
     beyond = energy.flip(0).cumsum(0).flip(0)
     return (torch.cat([beyond[1:], beyond.new_zeros(1)]) / beyond[0].clamp_min(1e-300)).sqrt()
 

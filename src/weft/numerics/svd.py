@@ -4,11 +4,16 @@ Everything here returns factors `left (rows, rank)` and `right (rank, columns)` 
 matrix, in the matrix's own dtype (float32 or float64).
 """
 
+from collections.abc import Iterator
+
 import torch
 from scipy import linalg as scipy_linalg
 from torch import Tensor
 
 from weft import checks
+
+# How many entries of a float32 matrix are in float64 at a time: 32 MiB.
+_NUMBERS_AT_A_TIME = 2**22
 
 
 def singular_value_decomposition(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +80,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     check_matrix(matrix)
     check_rank(rank, matrix)
     if matrix.dtype == torch.float32:
-        left, values, right = _leading_triplets_by_gram(matrix.double(), rank)
+        left, values, right = _leading_triplets_by_gram(matrix, rank)
     else:
         left, values, right = singular_value_decomposition(matrix)
     root = values[:rank].sqrt()
@@ -219,18 +224,50 @@ def check_tolerance(tolerance: float) -> None:
         )
 
 
+def singular_values_by_gram(matrix: Tensor) -> Tensor:
+    """All singular values of a float32 matrix through its Gram matrix, with the accuracy of `truncated_svd`.
+
+    Args:
+        matrix: Shape (rows, columns), float32.
+
+    Returns:
+        Shape (min(rows, columns),), float64, in descending order.
+    """
+    check_matrix(matrix)
+    matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    try:
+        squares = torch.linalg.eigvalsh(_gram(matrix))
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        return singular_values(matrix.double())
+    return squares.flip(0).clamp_min(0).sqrt()
+
+
 def _leading_triplets_by_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triplets from the eigenvectors of the smaller Gram matrix."""
+    """Leading singular triplets from the eigenvectors of the smaller Gram matrix, in float64."""
     if matrix.shape[0] > matrix.shape[1]:
         right, values, left = _leading_triplets_by_gram(matrix.mT, rank)
         return left.mT, values, right.mT
     try:
-        vectors = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors
+        vectors = torch.linalg.eigh(_gram(matrix)).eigenvectors
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        return singular_value_decomposition(matrix)
+        return singular_value_decomposition(matrix.double())
     left = vectors[:, -rank:].flip(1)
     # S_r V_rᵀ = U_rᵀA is a projection: no division by small singular values.
-    scaled_right = left.mT @ matrix
+    scaled_right = torch.cat([left.mT @ part for part in _in_double(matrix)], dim=1)
     values = torch.linalg.vector_norm(scaled_right, dim=1)
     tiny = torch.finfo(values.dtype).tiny
     return left, values, scaled_right / values.clamp_min(tiny)[:, None]
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """AAᵀ in float64."""
+    total = matrix.new_zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64)
+    for part in _in_double(matrix):
+        total.addmm_(part, part.mT)
+    return total
+
+
+def _in_double(matrix: Tensor) -> Iterator[Tensor]:
+    """Columns in float64, few at a time: a large matrix is never there twice."""
+    for part in matrix.split(max(1, _NUMBERS_AT_A_TIME // matrix.shape[0]), dim=1):
+        yield part.double()

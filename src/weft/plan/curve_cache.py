@@ -121,7 +121,7 @@ def layer_digest(
         "" if geometry is None else json.dumps(asdict(geometry)),
     )
     content = hashlib.sha256("\n".join(parts).encode())
-    content.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    content.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return content.hexdigest()
 
 

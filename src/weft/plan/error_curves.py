@@ -66,6 +66,7 @@ def error_curves(
     def key_of(piece: "_Piece") -> str:
         layer = piece.layer
         if layer.name not in contents:
+            layer = layer.read()
             contents[layer.name] = layer_digest(
                 layer.weight, layer.input_gram, layer.output_gram, layer.geometry
             )
@@ -130,7 +131,7 @@ class _Piece:
 
 
 def _curve(piece: _Piece) -> list[Candidate]:
-    layer = piece.layer
+    layer = piece.layer.read()
     try:
         weight = layer.weight.detach().cpu()
         inner, outer, geometry = layer.input_gram, layer.output_gram, layer.geometry

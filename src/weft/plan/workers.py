@@ -217,6 +217,9 @@ def _on_ray(
 def _share_of_nodes(ray: Any, memory: int | None) -> int:
     """The memory of a worker on a cluster, which at least one node must have."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    if not nodes:
+        got = f"{len(ray.nodes())} without"
+        raise ValueError(checks.fault("ray", "a cluster with a node that has CPUs", got, "start one"))
     most = int(max(node["memory"] for node in nodes))
     if memory is None:
         return int(min(node["memory"] // max(1, node["CPU"]) for node in nodes))

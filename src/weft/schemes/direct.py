@@ -95,7 +95,7 @@ def compress(
         wanted = list(calls)
     # The model may have been trained on since the survey: it is its own weights that are fitted.
     pieces = {
-        name: _Piece(
+        name: Piece(
             replace(survey.layers[name], weight=own[name].weight, names=own[name].names),
             plan[name],
             seed=None if generator is None else int(torch.randint(2**62, (), generator=generator)),
@@ -113,10 +113,10 @@ def compress(
                 correct_batch_norm(small, model, batches, shown=False)
             target = sequential_target(model, small, pieces[name].layer, batches, calls=calls[name])
             piece = replace(pieces[name], target=target)
-            small = _put(small, piece, _fit(piece), log, correct_biases)
+            small = _put(small, piece, fit_piece(piece), log, correct_biases)
     else:
         made = [pieces[name] for name in wanted]
-        fits = run(_fit, made, workers=workers, ray=ray, memory=worker_memory)
+        fits = run(fit_piece, made, workers=workers, ray=ray, memory=worker_memory)
         for number, fit in track(fits, "compressing", total=len(made), shown=shown):
             small = _put(small, pieces[wanted[number]], fit, log, correct_biases)
         log.sort(key=lambda entry: wanted.index(entry["layer"]))
@@ -128,8 +128,16 @@ def compress(
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One layer's fit."""
+class Piece:
+    """A layer to be fitted.
+
+    Attributes:
+        layer: its survey.
+        structure: what it shall be.
+        seed: of the fit's randomness; the family's own where None.
+        start: a member to start from.
+        target: what it is fitted to, where not to its weight.
+    """
 
     layer: LayerSurvey
     structure: Structure
@@ -139,17 +147,31 @@ class _Piece:
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """What a fit gives, whoever did it."""
+class LayerFit:
+    """What a fit gives, whoever did it.
+
+    Attributes:
+        matrix: the member.
+        error: its relative error, in the survey's metric.
+        seconds: how long it took.
+    """
 
     matrix: StructuredMatrix
     error: float
     seconds: float
 
 
-def _fit(piece: _Piece) -> _Fit:
+def fit_piece(piece: Piece) -> LayerFit:
+    """Fits one layer, in whatever process.
+
+    Args:
+        piece: what is asked.
+
+    Returns:
+        The fit.
+    """
     start = time.perf_counter()
-    layer, target = piece.layer, piece.target
+    layer, target = piece.layer.read(), piece.target
     inner, outer = layer.input_gram, layer.output_gram
     matrix = piece.structure.fit(
         layer.weight if target is None else target.weight,
@@ -158,13 +180,13 @@ def _fit(piece: _Piece) -> _Fit:
         start=piece.start,
         generator=None if piece.seed is None else torch.Generator().manual_seed(piece.seed),
     )
-    error = relative_error(layer.weight, matrix.to_dense(), input_gram=inner, output_gram=outer)
+    error = relative_error(layer.weight, matrix, input_gram=inner, output_gram=outer)
     layer.release()
-    return _Fit(matrix, error, time.perf_counter() - start)
+    return LayerFit(matrix, error, time.perf_counter() - start)
 
 
 def _put(
-    model: nn.Module, piece: _Piece, fit: _Fit, log: list[dict[str, Any]], correct_biases: bool
+    model: nn.Module, piece: Piece, fit: LayerFit, log: list[dict[str, Any]], correct_biases: bool
 ) -> nn.Module:
     """Puts a fit in its layer's place, and an entry into the log."""
     layer, target = piece.layer, piece.target
@@ -178,8 +200,22 @@ def _put(
         with torch.no_grad():
             for bias in {id(found): found for found in _biases(model, layer.names)}.values():
                 bias += shift.to(bias)
+    log.append(log_entry(layer, fit))
+    return model
+
+
+def log_entry(layer: LayerSurvey, fit: LayerFit) -> dict[str, Any]:
+    """What is told of a fitted layer.
+
+    Args:
+        layer: its survey.
+        fit: its fit.
+
+    Returns:
+        JSON-ready data.
+    """
     cost = layer.per_sample(fit.matrix.cost(layer.geometry))
-    log.append({
+    return {
         "layer": layer.name,
         "structure": fit.matrix.structure.to_json(),
         "parameters": cost.parameters,
@@ -188,8 +224,7 @@ def _put(
         "error": fit.error,
         "only_storage_shrinks": fit.matrix.only_storage_shrinks(layer.geometry),
         "seconds": fit.seconds,
-    })
-    return model
+    }
 
 
 def _biases(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:

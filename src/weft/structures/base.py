@@ -61,6 +61,9 @@ __all__ = [
     "runs_dense",
 ]
 
+# What `relative_error` converts to float64 at a time: 8 MiB.
+_NUMBERS_AT_A_TIME = 2**20
+
 Shape = tuple[int, ...]
 Derived = TypeVar("Derived")
 
@@ -410,26 +413,44 @@ def ladder(low: int, high: int, *, ratio: float = 1.25) -> Iterator[int]:
 
 
 def relative_error(
-    weight: Tensor, approximation: Tensor, *, input_gram: Gram | None = None, output_gram: Gram | None = None
+    weight: Tensor,
+    approximation: "Tensor | StructuredMatrix",
+    *,
+    input_gram: Gram | None = None,
+    output_gram: Gram | None = None,
 ) -> float:
     """The relative error of an approximation in the fit's norm.
 
+    Without Grams a few rows at a time are in memory, in float64; with them the whole matrix is.
+
     Args:
         weight: W, any weight's shape.
-        approximation: Ŵ, the same shape.
+        approximation: Ŵ: the same shape, or a member.
         input_gram: Ĝ; the identity where None.
         output_gram: H; the identity where None.
 
     Returns:
         ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖_F / ‖H^{1/2}WĜ^{1/2}‖_F; 0 where both vanish.
     """
-    dense = weight.detach().to(torch.float64).reshape(weight.shape[0], -1)
-    error = dense - approximation.detach().to(torch.float64).reshape(dense.shape)
-    size = float(squared_error(dense, input_gram, output_gram))
-    distance = max(float(squared_error(error, input_gram, output_gram)), 0.0)
+    dense = weight.detach().reshape(weight.shape[0], -1)
+    rows = len(dense)
+    if input_gram is None and output_gram is None:
+        rows = max(1, _NUMBERS_AT_A_TIME // dense.shape[1])
+    elif isinstance(approximation, StructuredMatrix):
+        approximation = approximation.to_dense()
+    size = distance = 0.0
+    for first in range(0, len(dense), rows):
+        part = dense[first : first + rows].to(torch.float64)
+        if isinstance(approximation, Tensor):
+            near = approximation[first : first + rows]
+        else:
+            near = approximation.rows(torch.arange(first, first + len(part), device=dense.device))
+        error = part - near.detach().to(torch.float64).reshape(part.shape)
+        size += float(squared_error(part, input_gram, output_gram))
+        distance += float(squared_error(error, input_gram, output_gram))
     if size <= 0:
         return 0.0 if distance <= 0 else math.inf
-    return math.sqrt(distance / size)
+    return math.sqrt(max(distance, 0.0) / size)
 
 
 def refine_values(
@@ -1098,7 +1119,7 @@ class Structure(ABC):
         curve = []
         for structure in structures:
             member = structure.fit(weight, input_gram=input_gram, output_gram=output_gram)
-            error = relative_error(weight, member.to_dense(), input_gram=input_gram, output_gram=output_gram)
+            error = relative_error(weight, member, input_gram=input_gram, output_gram=output_gram)
             curve.append(Candidate(structure, member.cost(geometry), error))
         return curve
 

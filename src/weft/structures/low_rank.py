@@ -148,7 +148,7 @@ class LowRank(Structure):
         geometry: Geometry | None = None,
         inner: Iterable[Structure] = (),
     ) -> list[Candidate]:
-        """Every rank from one SVD: the squared error of rank r is Σ σ_k² over k > r."""
+        """All ranks from one SVD: the squared error of rank r is Σ σ_k² over k > r."""
         if isinstance(input_gram, BlockDiagonalGram):
             return super().error_curve(
                 weight, input_gram=input_gram, output_gram=output_gram, geometry=geometry, inner=inner
@@ -156,7 +156,8 @@ class LowRank(Structure):
         checks.weight(weight)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         errors = errors_by_rank(weight.detach().to(dtype).flatten(1), input_gram, output_gram).tolist()
-        ranks = range(1, _break_even(tuple(weight.shape)) + 1)
+        # Large ranks stand one per cent apart, so that the curves of many large layers fit into memory.
+        ranks = ladder(1, _break_even(tuple(weight.shape)), ratio=1.01)
         return [cls(rank).point(weight, errors[rank - 1], geometry) for rank in ranks]
 
 

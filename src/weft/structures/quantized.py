@@ -72,6 +72,8 @@ _GROUPS, _MOST_GROUPED_BITS = (128, 64, 32), 5
 _MOST_ROWS = 256
 # Sweeps over the factors of a product.
 _SWEEPS = 2
+# How many entries are quantised together where rows do not know each other.
+_NUMBERS_AT_A_TIME = 2**20
 # From so many bits on the search for a better start gains nothing that can be seen.
 _MANY_BITS = 5
 # Up to so many bits a codebook fits into registers. A larger one is slower to look up than the dense product:
@@ -387,24 +389,32 @@ class Quantized(Structure):
         def error(fit: StructuredMatrix) -> float:
             return float(squared_error(matrix - fit.to_dense().flatten(1), input_gram, output_gram))
 
-        return min(fits, key=error)
+        return fits[0] if len(fits) == 1 else min(fits, key=error)
 
     def _quantise(
         self, weight: Tensor, input_gram: Gram | None, output_gram: Gram | None
     ) -> "QuantizedMatrix":
         """The weight itself, its codes and levels chosen in the metric."""
         matrix = weight.flatten(1)
-        diagonal = None if input_gram is None else input_gram.diagonal().to(matrix)
-        codes, levels = quantise(
-            matrix,
-            self._first_levels(matrix, diagonal),
-            input_gram=input_gram,
-            output_gram=output_gram,
-            feedback=self.rounding == "feedback",
-            by_importance=self.activation_order,
-            solves=self.codebook != "sign",
-        )
-        return self._member(weight.shape, codes, levels)
+        apart = input_gram is None and output_gram is None and self.codebook != "kmeans"
+        # Rows that do not know each other are taken few at a time: trials take many times a weight's memory.
+        rows = max(1, _NUMBERS_AT_A_TIME // matrix.shape[1]) if apart else len(matrix)
+        stored, levels = [], []
+        for part in matrix.split(rows):
+            diagonal = None if input_gram is None else input_gram.diagonal().to(part)
+            codes, own = quantise(
+                part,
+                self._first_levels(part, diagonal),
+                input_gram=input_gram,
+                output_gram=output_gram,
+                feedback=self.rounding == "feedback",
+                by_importance=self.activation_order,
+                solves=self.codebook != "sign",
+            )
+            stored.append(self._pack(codes))
+            levels.append(own)
+        together = levels[0] if len(levels) == 1 else levels[0].concatenate(levels[1:])
+        return self._member(weight.shape, torch.cat(stored), together)
 
     def _first_levels(self, matrix: Tensor, diagonal: Tensor | None) -> list[Levels]:
         """Levels to start from."""
@@ -447,8 +457,10 @@ class Quantized(Structure):
         wider = [dataclasses.replace(last, scales=factor * last.scales) for factor in (0.8, 1.25)]
         return [*first, *wider]
 
-    def _member(self, shape: Shape, codes: Tensor, levels: Levels) -> "QuantizedMatrix":
-        stored = _pack_ternary(codes) if self.codebook == "ternary" else pack(codes, self.bits)
+    def _pack(self, codes: Tensor) -> Tensor:
+        return _pack_ternary(codes) if self.codebook == "ternary" else pack(codes, self.bits)
+
+    def _member(self, shape: Shape, stored: Tensor, levels: Levels) -> "QuantizedMatrix":
         if isinstance(levels, Codebook):
             return _CodebookMatrix(self, shape, stored, levels.table)
         uniform = cast(Uniform, levels)
@@ -559,14 +571,16 @@ class Quantized(Structure):
         if self._has_table:
             table = torch.linspace(-1, 1, self.level_count, dtype=dtype) * math.sqrt(3) * deviation
             rows = 1 if self.codebook == "kmeans" else outputs
-            return self._member(shape, codes, Codebook(table.repeat(rows, 1), several=rows > 1))
+            return self._member(shape, self._pack(codes), Codebook(table.repeat(rows, 1), several=rows > 1))
         zero = self.fixed_zero
         middle = (self.level_count - 1) / 2 if zero is None else zero
         spread = math.sqrt(sum((code - middle) ** 2 for code in range(self.level_count)) / self.level_count)
         size = (outputs, self.groups(shape))
         scales = torch.full(size, deviation / spread, dtype=dtype)
         zeros = torch.full(size, middle, dtype=dtype)
-        return self._member(shape, codes, Uniform(scales, zeros, self.level_count, zero is None, inputs))
+        return self._member(
+            shape, self._pack(codes), Uniform(scales, zeros, self.level_count, zero is None, inputs)
+        )
 
     def from_tensors(self, shape: Shape, tensors: Mapping[str, Tensor]) -> StructuredMatrix:
         self.check(shape)
@@ -934,7 +948,7 @@ class RelaxedMatrix(StructuredMatrix):
         else:
             levels = _uniform(self.kind, self.inputs, numbers)
         codes = levels.encode(_wide(self.latent.detach()))
-        hard = self.kind._member(self.shape, codes, levels).to(self.latent.dtype)
+        hard = self.kind._member(self.shape, self.kind._pack(codes), levels).to(self.latent.dtype)
         return hard.train(self.training)
 
 
