@@ -300,7 +300,8 @@ class _Knapsack:
     def excess(self) -> float:
         """By how much of a limit the cheapest candidates still break one, at the most."""
         least = np.minimum.reduceat(self.costs, self.first, axis=0).sum(0)
-        return float(((least - self.room) / self.limits).max())
+        # A limit that rounds to nothing has no shares: broken by how much, then.
+        return float(((least - self.room) / np.where(self.limits > 0, self.limits, 1)).max())
 
     @property
     def reachable(self) -> bool:
