@@ -10,6 +10,8 @@ from pathlib import Path
 
 import denton
 import huelder
+import learning_compression
+import psm_nets
 from records import Records, Sheet
 
 from weft.storage import write_text
@@ -17,6 +19,11 @@ from weft.storage import write_text
 PAPERS: dict[str, tuple[str, Callable[[Records], Iterable[Sheet]]]] = {
     "huelder": ("Hülder: hierarchical matrices on classifier layers", huelder.sheets),
     "denton": ("Denton et al. 2014: exploiting linear structure", denton.sheets),
+    "learning_compression": (
+        "Idelbayev and Carreira-Perpiñán 2020, 2021: learning-compression",
+        learning_compression.sheets,
+    ),
+    "psm_nets": ("Giffon et al. 2021: PSM-nets from three starts", psm_nets.sheets),
 }
 HEAD = """# The papers' experiments
 

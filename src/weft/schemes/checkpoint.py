@@ -9,7 +9,7 @@ whole.
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,72 @@ class Checkpoint:
             return
         state = {"run": self.run, "outer": self.outer, "inner": inner, "log": self.log.position()}
         write_state(self.file, state)
+
+
+class Stages:
+    """A scheme's stages, each of which a run may begin at: its state is written before every stage.
+
+    Args:
+        folder: the checkpoint's; None keeps nothing.
+        run: what the run is, JSON-ready.
+        log: where the run's log is written; in the folder where None.
+        seconds: the least time between two checkpoints within a stage.
+
+    Attributes:
+        checkpoint: for the training loop; None where nothing is kept.
+        log: the run's.
+
+    Examples:
+        >>> stages = Stages(None, {})
+        >>> for stage in stages.left(3, restore=lambda state: None, state=dict):
+        ...     stages.log.note(stage=stage)
+        >>> [entry["stage"] for entry in stages.log.entries]
+        [0, 1, 2]
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        run: Mapping[str, Any],
+        *,
+        log: str | os.PathLike[str] | None = None,
+        seconds: float = 30.0,
+    ) -> None:
+        self.checkpoint = None if folder is None else Checkpoint(folder, run, log=log, seconds=seconds)
+        self.log = Log(log) if self.checkpoint is None else self.checkpoint.log
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the folder held a state."""
+        return self.checkpoint is not None and self.checkpoint.resumed
+
+    def left(
+        self,
+        count: int,
+        *,
+        restore: Callable[[Mapping[str, Any]], None],
+        state: Callable[[], Mapping[str, Any]],
+    ) -> Iterator[int]:
+        """The stages that are left to do, counted from 0.
+
+        Args:
+            count: of all stages.
+            restore: takes up what `state` gave, in a run that goes on.
+            state: gives the scheme's state before a stage, and after the last one.
+
+        Yields:
+            The stages' numbers.
+        """
+        first = 0
+        if self.checkpoint is not None and self.checkpoint.resumed:
+            restore(self.checkpoint.outer)
+            first = self.checkpoint.outer["stage"]
+        for stage in range(first, count + 1):
+            if self.checkpoint is not None and not (self.checkpoint.resumed and stage == first):
+                self.checkpoint.outer = {**state(), "stage": stage}
+                self.checkpoint.write()
+            if stage < count:
+                yield stage
 
 
 def write_state(path: str | os.PathLike[str], state: Any) -> None:

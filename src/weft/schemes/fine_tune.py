@@ -11,10 +11,9 @@ from torch import nn
 from weft import checks
 from weft.layers.base import harden, relax
 from weft.measure import check_repeatable, network_cost
-from weft.schemes.checkpoint import Checkpoint
+from weft.schemes.checkpoint import Stages
 from weft.schemes.corrections import correct_batch_norm, restart_batch_norm
 from weft.schemes.learning_rate import choose_learning_rate
-from weft.schemes.log import Log
 from weft.schemes.objective import inputs_of
 from weft.schemes.result import Result
 from weft.schemes.training import Training, Validation
@@ -93,11 +92,15 @@ class FineTune:
         if self.rates and validation is None:
             remedy = "pass held-out batches"
             raise ValueError(checks.fault("validation", "given with rates", None, remedy))
-        kept = None
-        if checkpoint is not None:
-            run = {"scheme": "FineTune", "rates": list(self.rates), "batch_norm": self.batch_norm}
-            run |= self.training.describe(model) | dict(described_as or {})
-            kept = Checkpoint(checkpoint, run, log=log, seconds=checkpoint_seconds)
+        described = {
+            "scheme": "FineTune",
+            "rates": list(self.rates),
+            "batch_norm": self.batch_norm,
+            **self.training.describe(model),
+            **(described_as or {}),
+        }
+        stages = Stages(checkpoint, described, log=log, seconds=checkpoint_seconds)
+        kept = stages.checkpoint
         student = copy.deepcopy(model)
         if self.batch_norm and teacher is not None and not (kept and kept.within):
             check_repeatable("batches", batches)
@@ -124,7 +127,7 @@ class FineTune:
             batches,
             teacher=teacher,
             validation=validation,
-            log=Log(log) if kept is None else kept.log,
+            log=stages.log,
             checkpoint=kept,
             notes={"size": network_cost(model).bytes},
             shown=shown,

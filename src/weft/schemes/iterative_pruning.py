@@ -24,9 +24,8 @@ from weft.layers.base import harden, relax
 from weft.layers.replace import dense_weight, replace_layer
 from weft.measure import Batch, check_repeatable, network_cost
 from weft.plan.plan import check_plan
-from weft.schemes.checkpoint import Checkpoint, member_from, member_state
+from weft.schemes.checkpoint import Stages, member_from, member_state
 from weft.schemes.direct import compress
-from weft.schemes.log import Log
 from weft.schemes.result import Result
 from weft.schemes.training import Training, Validation, metric_of
 from weft.structures.base import Structure, StructuredMatrix
@@ -113,16 +112,10 @@ class IterativePruning:
         if calibration is not None:
             check_repeatable("calibration", calibration)
         run = _Run(copy.deepcopy(model), dict(plan))
-        kept = None if checkpoint is None else self._kept(checkpoint, model, plan, log, checkpoint_seconds)
-        written = Log(log) if kept is None else kept.log
+        stages = Stages(checkpoint, self._describe(model, plan), log=log, seconds=checkpoint_seconds)
         metric = metric_of(validation)
-        first = 1
-        if kept is not None and kept.resumed:
-            first = run.restore(kept.outer)
-        for step in range(first, self.steps + 1):
-            if kept is not None and not (kept.resumed and step == first):
-                kept.outer = {**run.state(), "step": step}
-                kept.write()
+        for stage in stages.left(self.steps, restore=run.restore, state=run.state):
+            step = stage + 1
             training = self.last if self.last is not None and step == self.steps else self.training
             small = run.shrunk(step, self.steps, calibration, shown)
             relax(small)
@@ -130,8 +123,8 @@ class IterativePruning:
                 small,
                 batches,
                 teacher=teacher,
-                log=written,
-                checkpoint=kept,
+                log=stages.log,
+                checkpoint=stages.checkpoint,
                 notes={"stage": step},
                 description=f"pruning step {step} of {self.steps}",
                 shown=shown,
@@ -141,30 +134,19 @@ class IterativePruning:
             value = {} if metric is None else {"metric": metric(run.compressed())}
             cost = network_cost(small)
             structures = {name: str(member.structure) for name, member in run.members.items()}
-            written.note(
+            stages.log.note(
                 stage=step, **value, parameters=cost.parameters, bytes=cost.bytes, structures=structures
             )
-        if kept is not None:
-            kept.outer = {**run.state(), "step": self.steps + 1}
-            kept.write()
-        return Result(run.compressed(), written.entries)
+        return Result(run.compressed(), stages.log.entries)
 
-    def _kept(
-        self,
-        folder: str | os.PathLike[str],
-        model: nn.Module,
-        plan: Mapping[str, Structure],
-        log: str | os.PathLike[str] | None,
-        seconds: float,
-    ) -> Checkpoint:
-        run = {
+    def _describe(self, model: nn.Module, plan: Mapping[str, Structure]) -> dict[str, Any]:
+        return {
             "scheme": "IterativePruning",
             "steps": self.steps,
             "plan": {name: structure.to_json() for name, structure in plan.items()},
             "last": None if self.last is None else self.last.describe(model),
             **self.training.describe(model),
         }
-        return Checkpoint(folder, run, log=log, seconds=seconds)
 
 
 class _Run:
@@ -223,8 +205,7 @@ class _Run:
         members = {name: member_state(member) for name, member in self.members.items()}
         return {"model": self.dense.state_dict(), "members": members}
 
-    def restore(self, state: Mapping[str, Any]) -> int:
-        """Takes up the state of a checkpoint; gives the step that it belongs to."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up the state of a checkpoint."""
         self.dense.load_state_dict(state["model"])
         self.members = {name: member_from(held) for name, held in state["members"].items()}
-        return state["step"]

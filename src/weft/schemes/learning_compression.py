@@ -45,10 +45,9 @@ from weft.plan.constraints import Constraints
 from weft.plan.error_curves import error_curves
 from weft.plan.plan import check_plan
 from weft.plan.sensitivity import Sensitivity
-from weft.schemes.checkpoint import Checkpoint, member_from, member_state
+from weft.schemes.checkpoint import Stages, member_from, member_state
 from weft.schemes.corrections import correct_batch_norm
 from weft.schemes.data_order import order_of, restore_order
-from weft.schemes.log import Log
 from weft.schemes.objective import inputs_of
 from weft.schemes.result import Result
 from weft.schemes.training import Training, Validation, metric_of
@@ -436,19 +435,13 @@ class LearningCompression:
         order = order_of(batches)
         dense = copy.deepcopy(model)
         run = _Run(dense, tasks, survey_model(model) if survey is None else survey)
-        kept = None if checkpoint is None else self._kept(checkpoint, model, tasks, log, checkpoint_seconds)
-        written = Log(log) if kept is None else kept.log
+        described = self._describe(model, tasks)
+        stages = Stages(checkpoint, described, log=log, seconds=checkpoint_seconds)
         metric = metric_of(validation)
-        first = 0
-        if kept is not None and kept.resumed:
-            first = run.restore(kept.outer)
-        else:
+        if not stages.resumed:
             run.compress(self.penalties[0])  # direct compression
-        for step in range(first, len(self.penalties)):
+        for step in stages.left(len(self.penalties), restore=run.restore, state=run.state):
             mu = self.penalties[step]
-            if kept is not None and not (kept.resumed and step == first):
-                kept.outer = {**run.state(), "step": step}
-                kept.write()
             if learn is not None:
                 learn(dense, run.penalty(mu), step)
             else:
@@ -458,8 +451,8 @@ class LearningCompression:
                     batches,
                     teacher=teacher,
                     penalty=run.penalty(mu),
-                    log=written,
-                    checkpoint=kept,
+                    log=stages.log,
+                    checkpoint=stages.checkpoint,
                     notes={"lc_step": step, "mu": mu},
                     description=f"L step {step + 1} of {len(self.penalties)}",
                     shown=shown,
@@ -468,24 +461,14 @@ class LearningCompression:
             if self.multipliers:
                 run.update_multipliers(mu)
             value = {} if metric is None else {"metric": metric(run.compressed(model))}
-            written.note(lc_step=step, mu=mu, distance=run.distance(), **value, **run.size())
-        if kept is not None:
-            kept.outer = {**run.state(), "step": len(self.penalties)}
-            kept.write()
+            stages.log.note(lc_step=step, mu=mu, distance=run.distance(), **value, **run.size())
         small = run.compressed(model)
         restore_order(batches, order)  # in which order sums are rounded must not depend on interruptions
         correct_batch_norm(small, dense, map(inputs_of, batches), shown=shown)
-        return Result(small, written.entries)
+        return Result(small, stages.log.entries)
 
-    def _kept(
-        self,
-        folder: str | os.PathLike[str],
-        model: nn.Module,
-        tasks: Mapping[str, Task | Structure],
-        log: str | os.PathLike[str] | None,
-        seconds: float,
-    ) -> Checkpoint:
-        run = {
+    def _describe(self, model: nn.Module, tasks: Mapping[str, Task | Structure]) -> dict[str, Any]:
+        return {
             "scheme": "LearningCompression",
             "penalties": list(self.penalties),
             "learning_rate_decay": self.learning_rate_decay,
@@ -493,7 +476,6 @@ class LearningCompression:
             "tasks": {pattern: str(task) for pattern, task in tasks.items()},
             **self.training.describe(model),
         }
-        return Checkpoint(folder, run, log=log, seconds=seconds)
 
 
 class _Run:
@@ -550,14 +532,13 @@ class _Run:
         members = {name: member_state(member) for name, member in self.members.items()}
         return {"model": self.dense.state_dict(), "members": members, "multipliers": self.multipliers}
 
-    def restore(self, state: Mapping[str, Any]) -> int:
-        """Takes up the state of a checkpoint; gives the L step that it belongs to."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up the state of a checkpoint."""
         self.dense.load_state_dict(state["model"])
         for name, held in state["members"].items():
             device = self.weight(self.dense, name).device
             self.members[name] = member_from(held).to(device)
             self.multipliers[name] = state["multipliers"][name].to(device)
-        return state["step"]
 
     def distance(self) -> float:
         """‖W − Δ(Θ)‖ / ‖W‖ over all layers of the tasks."""
