@@ -638,7 +638,7 @@ def time_alternating(
     least: int = 15,
     most: int = 2000,
     device: torch.device | None = None,
-    before: Callable[[], object] | None = None,
+    before: Callable[[Callable[[], object]], object] | None = None,
 ) -> dict[str, Timing]:
     """Times several calls in turns, so that what disturbs the machine disturbs all of them alike.
 
@@ -648,7 +648,7 @@ def time_alternating(
         least: the least number of rounds.
         most: the largest number of rounds.
         device: synchronised around every call where it is no CPU.
-        before: done before every call, outside of its time.
+        before: done before every call, outside of its time; is given the call.
 
     Returns:
         One timing per name.
@@ -656,7 +656,7 @@ def time_alternating(
 
     def once(run: Callable[[], object]) -> float:
         if before is not None:
-            before()
+            before(run)
         if device is not None and device.type != "cpu":
             torch.accelerator.synchronize()
         start = time.perf_counter()
@@ -734,7 +734,7 @@ def latencies(
     batches: Sequence[int] = (1, 128),
     thread_counts: Sequence[int] | None = None,
     seconds: float = 1.0,
-    before: Callable[[], object] | None = None,
+    before: Callable[[Callable[[], object]], object] | None = None,
     shown: bool | None = None,
 ) -> list[Latency]:
     """Times two networks in turns.
@@ -746,7 +746,7 @@ def latencies(
         batches: samples per call.
         thread_counts: torch's thread counts; where None, the current one.
         seconds: about how long to measure per combination.
-        before: called before every timed call, outside the time.
+        before: as `time_alternating` has it.
         shown: whether to draw a progress bar; where None, only on a terminal.
 
     Returns:
