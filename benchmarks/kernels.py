@@ -108,6 +108,11 @@ LINES = [
             (4, "", 0.35),
         )
     ),
+    # Their codes are of interest for storage: no target but the dense time.
+    *(
+        Line(f"ProductQuantized(subspaces={shape[1] // 8}, codewords=256)", shape, 1, at_most(1.0))
+        for shape in ((1000, 1280), (4096, 4096))
+    ),
     *(
         Line(structure, (1000, 1280), 128, by_multiply_adds, **more)
         for structure, more in (

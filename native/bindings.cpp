@@ -8,10 +8,12 @@
 #include <vector>
 
 #include "block_sequence.hpp"
+#include "codewords.hpp"
 #include "low_rank.hpp"
 #include "processor.hpp"
 #include "quantized.hpp"
 #include "sparse_chain.hpp"
+#include "table_sums.hpp"
 
 namespace nb = nanobind;
 
@@ -477,6 +479,42 @@ PyObject *codebook_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
     });
 }
 
+// A matrix of codewords from its tensors, which fit together where `arguments` still serves.
+weft::CodewordMatrix codeword_matrix(Arguments &arguments, PyObject *const *codes_words_scales, std::int64_t subspaces) {
+    const Plain codes = arguments.tensor(codes_words_scales[0], Numbers::uint8);
+    const Plain words = arguments.tensor(codes_words_scales[1]);
+    arguments.require(subspaces >= 1);
+    if (!arguments.serve()) return {};
+    arguments.require(codes.axes == 2 && words.axes == 3);
+    if (!arguments.serve()) return {};
+    const std::int64_t outputs = codes.shape[0], books = words.shape[0], codewords = words.shape[2];
+    const std::uintptr_t scales = arguments.optional(codes_words_scales[2], outputs);
+    arguments.require(books >= 1 && books <= subspaces && codewords >= 1 && codewords <= weft::table_entries &&
+                      codes.shape[1] == (codewords <= 16 ? (subspaces + 1) / 2 : subspaces));
+    return {at<const std::uint8_t>(codes.data), at<const float>(words.data), at<const float>(scales), outputs,
+            subspaces, books, codewords, words.shape[1]};
+}
+
+// codewords_apply(x, codes, words, scales, bias, subspaces, threads)
+PyObject *codewords_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
+    std::int64_t numbers[2];
+    if (wrong_count(count, 7, "x, codes, words, scales, bias, subspaces, threads") ||
+        !whole_numbers(given + 5, numbers))
+        return nullptr;
+    const auto [subspaces, threads] = numbers;
+    Arguments arguments;
+    const Plain x = arguments.tensor(given[0]);
+    const weft::CodewordMatrix matrix = codeword_matrix(arguments, given + 1, subspaces);
+    if (!arguments.serve()) return arguments.declined();
+    const std::uintptr_t bias = arguments.optional(given[4], matrix.outputs);
+    arguments.require(x.axes >= 1 && x.last() == subspaces * matrix.width);
+    if (!arguments.serve()) return arguments.declined();
+    return run(given[0], x, matrix.outputs, [&](float *out) {
+        weft::codewords_apply({matrix, at<const float>(x.data), at<const float>(bias), out, x.batch()},
+                              static_cast<int>(threads));
+    });
+}
+
 // Arrays by their addresses, as weft.kernels.quantized checked them: for large batches, whose products cost more.
 void quantized_write(std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros, std::uintptr_t codebook,
                      std::int64_t book_stride, std::uintptr_t out, std::int64_t inputs, std::int64_t outputs,
@@ -509,6 +547,9 @@ PyMethodDef fast_functions[] = {
     fast<codebook_apply>("codebook_apply",
                          "(x, codes, codebook, bias, bits, inputs, largest_batch, threads) to the same for codes of a "
                          "codebook."),
+    fast<codewords_apply>("codewords_apply",
+                          "(x, codes, words, scales, bias, subspaces, threads) to x Ŵᵀ + bias for rows "
+                          "put together from codewords."),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

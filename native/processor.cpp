@@ -8,6 +8,7 @@
 #include "columns_product.hpp"
 #include "rows_product.hpp"
 #include "sparse_rows.hpp"
+#include "table_sums.hpp"
 
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <immintrin.h>
@@ -137,5 +138,7 @@ ColumnsProductKernel columns_product_kernel() { WEFT_RETURN_COPY(columns_product
 
 RowsProductKernel rows_product_kernel() { WEFT_RETURN_COPY(rows_product) }
 const SparseKernels &sparse_kernels() { WEFT_RETURN_COPY(sparse_rows) }
+
+const TableSums &table_sums_kernels() { WEFT_RETURN_COPY(table_sums) }
 
 }  // namespace weft

@@ -4,10 +4,9 @@ A row is cut into `subspaces` pieces of equal width. The codes are chosen for th
 metric Ĝ, with the error of every subspace handed on to the later ones, then by coordinate descent between
 least-squares solutions for codebooks and scales.
 
-The weight is decoded once for as long as the stored tensors stay as they are, and a dense product runs:
-storage shrinks, time stays that of the dense layer. The published product, which adds up entries of a table
-of codewords times pieces of x, was measured at 11 to 84 times the dense time in PyTorch's operations (one
-vector, 1000×1280); it needs a native kernel.
+Few vectors are multiplied by looking up entries of a table of codewords times pieces of x, natively; for
+many a few rows of the weight at a time are written down. Without native code, and beyond 256 codewords, all of
+it is decoded once and kept for as long as the stored tensors stay as they are: then only storage shrinks.
 """
 
 import math
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import checks
+from weft.kernels.codewords import codewords_apply
 from weft.numerics.vector_quantisation import Codes, book_of, quantise, synthesise
 from weft.structures.base import (
     Geometry,
@@ -224,6 +224,10 @@ class ProductQuantizedMatrix(StructuredMatrix):
         return self.affine(x, None)
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        words = self.derived("words", lambda: self.codebooks.mT.contiguous())
+        return codewords_apply(x, self.codes, words, self.scales, bias, self.subspaces, self._composed)
+
+    def _composed(self, x: Tensor, bias: Tensor | None) -> Tensor:
         checks.last_dimension(x, self.inputs)
         weight = self.derived("weight", self._decode)
         if x.dtype in {torch.float32, torch.float64}:
