@@ -23,7 +23,8 @@ def case(
     if words <= 16:
         wide = torch.nn.functional.pad(codes, (0, subspaces % 2))
         codes = wide[:, ::2] + 16 * wide[:, 1::2]
-    return codes.to(torch.uint8), drawn(books, width, words), drawn(outputs, seed=1) if scaled else None, subspaces
+    scales = drawn(outputs, seed=1) if scaled else None
+    return codes.to(torch.uint8), drawn(books, width, words), scales, subspaces
 
 
 def composed(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,7 +61,8 @@ def test_products_are_those_of_the_weight(name: str, batch: int, copy: str, requ
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     plain = codewords.codewords_apply(x[None], codes, words, None, None, subspaces, composed)
     unscaled = codewords.reference(x.double(), codes, wide[0], None, None, subspaces)
-    torch.testing.assert_close(plain[0].double(), unscaled, rtol=1e-5, atol=1e-5 * float(unscaled.abs().max()))
+    largest = float(unscaled.abs().max())
+    torch.testing.assert_close(plain[0].double(), unscaled, rtol=1e-5, atol=1e-5 * largest)
 
 
 @needs_native
