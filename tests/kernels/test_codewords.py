@@ -1,4 +1,4 @@
-"""Products with rows of codewords against float64, for both routes of the native code and every copy of it."""
+"""Products with rows of codewords against float64, by both routes of the native code and every copy."""
 
 import pytest
 import torch

@@ -1,9 +1,9 @@
-"""A matrix whose rows are put together from codewords, applied to vectors: y_i = scale_i Σ_s ⟨x_s, w(i, s)⟩ + b_i.
+"""A matrix whose rows consist of codewords, applied to vectors: y_i = scale_i Σ_s ⟨x_s, w(i, s)⟩ + b_i.
 
-The word w(i, s) of row i and subspace s is one of the few of a codebook, and the subspaces of a row follow each
-other. Where it pays the inner products of x_s with all words of its book are a table, made once per vector,
-in which every row looks up its own (the asymmetric distance of Jégou, Douze and Schmid 2011, section III-A).
-For many vectors some rows at a time are written down and multiplied by all.
+The word w(i, s) of row i and subspace s is one of the few of a codebook, and the subspaces of a row follow
+each other. Where it pays the inner products of x_s with all words of its book are a table, made once per
+vector, in which every row looks up its own (the asymmetric distance of Jégou, Douze and Schmid 2011, section
+III-A). For many vectors some rows at a time are written down and multiplied by all.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,8 @@ def codewords_apply(
 
     Args:
         x: The vectors, shape (*batch, inputs).
-        codes: The words' numbers, uint8, shape (outputs, subspaces); up to 16 codewords two to a byte, those of
-            even subspaces in the lower half, shape (outputs, ⌈subspaces / 2⌉).
+        codes: The words' numbers, uint8, shape (outputs, subspaces); up to 16 codewords two to a byte, those
+            of even subspaces in the lower half, shape (outputs, ⌈subspaces / 2⌉).
         words: The codebooks with the words in their columns, shape (books, width, codewords); subspace s uses
             book ⌊s · books / subspaces⌋.
         scales: Shape (outputs,), or None for ones.
@@ -105,7 +105,8 @@ def _operation_serves(x: Tensor, words: Tensor, scales: Tensor | None, bias: Ten
 
 _library = torch.library.Library("weft", "FRAGMENT")
 _library.define(
-    "codewords_apply(Tensor x, Tensor codes, Tensor words, Tensor? scales, Tensor? bias, int subspaces) -> Tensor",
+    "codewords_apply(Tensor x, Tensor codes, Tensor words, Tensor? scales, Tensor? bias, int subspaces) "
+    "-> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _operation = torch.ops.weft.codewords_apply.default

@@ -5,8 +5,8 @@ metric Ĝ, with the error of every subspace handed on to the later ones, then by
 least-squares solutions for codebooks and scales.
 
 Few vectors are multiplied by looking up entries of a table of codewords times pieces of x, natively; for
-many a few rows of the weight at a time are written down. Without native code, and beyond 256 codewords, all of
-it is decoded once and kept for as long as the stored tensors stay as they are: then only storage shrinks.
+many, a few rows of the weight at a time are written down. Without native code, and beyond 256 codewords, all
+of it is decoded once and kept for as long as the stored tensors stay as they are: then only storage shrinks.
 """
 
 import math
