@@ -190,11 +190,11 @@ def lenet_5_row(part: str, tasks: Tasks, scheme: LearningCompression) -> Row:
 
 def resnet_row(part: str, tasks: Tasks | Callable[[Survey], Tasks]) -> Row:
     """A row of ResNet-20, taught by itself."""
-    return Row(part, "ResNet-20", tasks, scheme(0.01, 3.0, 4, 0.02, True), TUNING, taught=True)
+    return Row(part, "ResNet-20", tasks, scheme(0.02, 4.0, 3, 0.02, True), TUNING, taught=True)
 
 
 HALF = Budget(multiply_adds=0.5)
-LOW_RANK_STEPS = scheme(2e-3, 1.6, 8, 0.02, True)
+LOW_RANK_STEPS = scheme(2e-3, 2.0, 6, 0.02, True)
 ROWS = {
     # https://github.com/UCMerced-ML/LC-model-compression/tree/master/examples/lenet300
     "5 % of all weights": Row(
@@ -243,14 +243,14 @@ ROWS = {
         },
         LOW_RANK_STEPS,
     ),
-    "3 % of all weights": lenet_5_row(SMALL, {"*": Together(Pruned(0.03))}, scheme(5e-4, 2.0, 8, 0.02, True)),
+    "3 % of all weights": lenet_5_row(SMALL, {"*": Together(Pruned(0.03))}, scheme(1e-3, 2.3, 6, 0.02, True)),
     "2-bit codebooks": lenet_5_row(
         SMALL,
         {"*": Quantized(2, codebook="kmeans")},
         replace(
             LEVELS,
             training=replace(LEVELS.training, mixed_precision=True),
-            penalties=rising(1e-4, 2.7, 8),
+            penalties=rising(1e-4, 4.0, 6),
         ),
     ),
 }

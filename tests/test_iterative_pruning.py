@@ -1,7 +1,6 @@
 """Iterative pruning: the schedule, the sizes it gives, what training leaves alone, resume."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,35 +116,6 @@ def test_shared_weights_stay_shared() -> None:
     model[2].weight = model[1].weight
     small, _ = IterativePruning(TRAINING, steps=2).run(model, {"1": LowRank(2)}, data())
     assert small[1].matrix is small[2].matrix
-
-
-def test_a_killed_run_goes_on_to_the_same_network(tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    def run(kill_at: int | None, folder: Path | None) -> weft.Result:
-        calls = itertools.count()
-
-        def validation(_: nn.Module) -> float:
-            if next(calls) == kill_at:
-                raise Killed
-            return 0.0
-
-        plan: dict[str, Structure] = {"0": Pruned(0.2), "2": SparseProduct(2, 2, "splitting")}
-        scheme = IterativePruning(TRAINING, Training(epochs=1, learning_rate=0.01), steps=3)
-        return scheme.run(
-            network(), plan, data(), validation=validation, checkpoint=folder, checkpoint_seconds=0.0
-        )
-
-    whole = run(None, None)
-    for kill_at in (0, 2):
-        folder = tmp_path / str(kill_at)
-        with pytest.raises(Killed):
-            run(kill_at, folder)
-        again = run(None, folder)
-        for name, tensor in whole.model.state_dict().items():
-            assert torch.equal(tensor, again.model.state_dict()[name]), name
-        assert run(None, folder).log == again.log
 
 
 def test_a_family_whose_size_cannot_change_is_refused_before_training() -> None:

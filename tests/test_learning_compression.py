@@ -410,40 +410,6 @@ def test_tied_weights_stay_tied_and_convolutions_and_batch_norm_come_along() -> 
     assert small.training == model.training
 
 
-def test_a_killed_run_goes_on_to_the_same_network(tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    def run(kill_at: int | None, folder: Path | None) -> weft.Result:
-        calls = itertools.count()
-
-        def validation(_: nn.Module) -> float:
-            if next(calls) == kill_at:
-                raise Killed
-            return 0.0
-
-        tasks: dict[str, Task | Structure] = {
-            "0": Added((Together(Pruned(0.1)), LowRank(1))),
-            "2": Priced("LowRank", Price(parameters=1e-4)),
-        }
-        return SHORT.run(
-            two_layers(), tasks, data(), validation=validation, checkpoint=folder, checkpoint_seconds=0.0
-        )
-
-    whole = run(None, None)
-    for kill_at in (0, 3):
-        folder = tmp_path / str(kill_at)
-        with pytest.raises(Killed):
-            run(kill_at, folder)
-        again = run(None, folder)
-        for name, tensor in whole.model.state_dict().items():
-            assert torch.equal(tensor, again.model.state_dict()[name]), name
-        wanted = [{key: value for key, value in entry.items() if key != "seconds"} for entry in whole.log]
-        got = [{key: value for key, value in entry.items() if key != "seconds"} for entry in again.log]
-        assert got == wanted
-        assert run(None, folder).log == again.log  # a finished run is not run again
-
-
 # ------------------------------------------------------------------------------------------------------------
 # What is refused
 

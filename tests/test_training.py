@@ -3,18 +3,12 @@
 import copy
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.examples import EXAMPLES, Example, each_example
@@ -538,61 +532,3 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert_same(model, whole)
     timeless = [[{**entry, "seconds": 0} for entry in each.entries] for each in (again, log)]
     assert timeless[0] == timeless[1]
-
-
-SCRIPT = """
-import sys, time, torch, weft
-from torch import nn
-from weft.measure import accuracy
-from weft.structures.quantized import Quantized
-from weft.structures.low_rank import LowRank
-
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 4))
-small, _ = weft.compress(model, {"0": LowRank(4), "4": Quantized(3)})
-x = torch.randn(200, 16)
-loader = torch.utils.data.DataLoader(
-    torch.utils.data.TensorDataset(x, x[:, :4].argmax(1)), batch_size=20, shuffle=True)
-
-def slow(model):
-    time.sleep(float(sys.argv[3]))
-    return accuracy(model, [(x, x[:, :4].argmax(1))], shown=False)
-
-print("ready", flush=True)
-tuned, log = weft.fine_tune(small, loader, teacher=model, label_share=0.5, epochs=12, learning_rate=1e-2,
-    validation=slow, patience=9, checkpoint=sys.argv[1], checkpoint_seconds=0)
-weft.save(tuned, sys.argv[2])
-"""
-
-
-def test_a_run_killed_at_any_moment_gives_bitwise_the_same_network(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-
-    def start(folder: str, wait: float) -> subprocess.Popen[str]:
-        arguments = [
-            sys.executable,
-            str(script),
-            str(tmp_path / folder),
-            str(tmp_path / f"{folder}.safetensors"),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([*arguments, str(wait)], stdout=subprocess.PIPE, text=True, env=environment)
-
-    assert start("whole", 0).wait() == 0
-    killed = 0
-    log = tmp_path / "killed" / "log.jsonl"
-    for lines in (5, 77):  # killed as soon as the log has grown so far
-        process = start("killed", 0.05)
-        while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= lines):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-    assert killed == 2
-    assert start("killed", 0).wait() == 0
-    tensors, expected = (load_file(tmp_path / f"{folder}.safetensors") for folder in ("killed", "whole"))
-    assert tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensors[name], tensor), name
-    entries = read_log(log)
-    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(len(entries) - 12))
