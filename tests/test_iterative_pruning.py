@@ -58,7 +58,7 @@ def test_densities_follow_the_schedule_and_end_at_the_plan() -> None:
     assert model[0].matrix.structure == Pruned(0.1)
     assert model[0].matrix.values.numel() == 24
     assert isinstance(model[4], nn.Linear)
-    bytes_after = [stage["bytes"] for stage in stages(result)]
+    bytes_after = [stage["size"] for stage in stages(result)]
     assert bytes_after == sorted(bytes_after, reverse=True)
 
 

@@ -350,7 +350,7 @@ def test_layers_get_their_own_tasks_and_others_stay_dense() -> None:
     assert [row["mu"] for row in rows] == list(SHORT.penalties)
     assert rows[-1]["distance"] < rows[0]["distance"]
     assert rows[-1]["parameters"] == weft.measure(small, against=model, data=data(1)).cost.parameters
-    assert {"metric", "bytes", "multiply_adds", "structures"} <= rows[-1].keys()
+    assert {"metric", "size", "multiply_adds", "structures"} <= rows[-1].keys()
 
 
 def test_the_first_pattern_that_matches_counts() -> None:

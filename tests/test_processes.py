@@ -23,8 +23,10 @@ from torch import nn
 import weft
 from weft.measure import accuracy
 from weft.schemes import training
+from weft.schemes.learning_compression import LearningCompression, rising
 from weft.schemes.processes import writes_files
 from weft.schemes.sharded import Sharded
+from weft.schemes.training import Training
 from weft.structures.low_rank import LowRank
 from weft.structures.pruned import Pruned
 
@@ -83,6 +85,10 @@ tuned, log = weft.fine_tune(
 assert tuned[2].matrix is tuned[4].matrix
 if writes_files():
     weft.save(tuned, folder + "/tuned.safetensors")
+learned, _ = LearningCompression(Training(1, 0.1, optimiser="sgd"), rising(0.1, 3.0, 3)).run(
+    model, {"0": LowRank(4), "2": Pruned(0.3)}, loader, checkpoint=folder + "/learned")
+if writes_files():
+    weft.save(learned, folder + "/learned.safetensors")
 """
 
 
@@ -100,10 +106,11 @@ def run(tmp_path: Path, folder: str, processes: int, *, fault: bool = False, sha
 
 
 def assert_agree(one: Path, two: Path) -> None:
-    tensors, expected = load_file(one / "tuned.safetensors"), load_file(two / "tuned.safetensors")
-    assert tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
+    for file in ("tuned.safetensors", "learned.safetensors"):
+        tensors, expected = load_file(one / file), load_file(two / file)
+        assert tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
     logs = [
         [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         for folder in (one, two)

@@ -161,3 +161,18 @@ def test_a_run_killed_at_any_moment_gives_bitwise_the_same_network(tmp_path: Pat
             for run in ("killed", "whole")
         ]
         assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_every_scheme_writes_the_same_log(tmp_path: Path, scheme: Run) -> None:
+    result = scheme(validation=lambda _: 0.5, log=tmp_path / "log.jsonl")
+    entries = read_log(tmp_path / "log.jsonl")
+    assert entries == result.log
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(len(steps)))
+    assert all({"epoch", "size", "seconds"} <= entry.keys() for entry in steps)
+    metrics = [entry for entry in entries if "metric" in entry]
+    assert metrics
+    assert all({"step", "size", "seconds"} <= entry.keys() for entry in metrics)
+    times = [entry["seconds"] for entry in entries]
+    assert times == sorted(times)

@@ -107,7 +107,7 @@ class IterativePruning:
 
         Returns:
             The compressed network, and the log: the training's steps, and after each of the n steps stage,
-            metric, parameters, bytes, structures.
+            metric, parameters, size (bytes), structures.
         """
         if calibration is not None:
             check_repeatable("calibration", calibration)
@@ -118,6 +118,7 @@ class IterativePruning:
             step = stage + 1
             training = self.last if self.last is not None and step == self.steps else self.training
             small = run.shrunk(step, self.steps, calibration, shown)
+            size = network_cost(small).bytes  # before codes become floats for training
             relax(small)
             training.run(
                 small,
@@ -125,7 +126,7 @@ class IterativePruning:
                 teacher=teacher,
                 log=stages.log,
                 checkpoint=stages.checkpoint,
-                notes={"stage": step},
+                notes={"stage": step, "size": size},
                 description=f"pruning step {step} of {self.steps}",
                 shown=shown,
             )
@@ -135,7 +136,7 @@ class IterativePruning:
             cost = network_cost(small)
             structures = {name: str(member.structure) for name, member in run.members.items()}
             stages.log.note(
-                stage=step, **value, parameters=cost.parameters, bytes=cost.bytes, structures=structures
+                stage=step, **value, parameters=cost.parameters, size=cost.bytes, structures=structures
             )
         return Result(run.compressed(), stages.log.entries)
 

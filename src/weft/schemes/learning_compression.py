@@ -430,7 +430,8 @@ class LearningCompression:
 
         Returns:
             The compressed network, and the log: the training's steps, and after every C step lc_step, mu,
-            distance (relative, between W and Δ(Θ)), metric, parameters, bytes, multiply-adds, structures.
+            distance (relative, between W and Δ(Θ)), metric, parameters, size (bytes), multiply_adds,
+            structures.
         """
         order = order_of(batches)
         dense = copy.deepcopy(model)
@@ -453,7 +454,7 @@ class LearningCompression:
                     penalty=run.penalty(mu),
                     log=stages.log,
                     checkpoint=stages.checkpoint,
-                    notes={"lc_step": step, "mu": mu},
+                    notes={"lc_step": step, "mu": mu, "size": run.size()["size"]},
                     description=f"L step {step + 1} of {len(self.penalties)}",
                     shown=shown,
                 )
@@ -554,7 +555,7 @@ class _Run:
             total = total - layer.cost + layer.per_sample(member.cost(layer.geometry))
         return {
             "parameters": total.parameters,
-            "bytes": total.bytes,
+            "size": total.bytes,
             "multiply_adds": total.multiply_adds,
             "structures": {name: str(member.structure) for name, member in self.members.items()},
         }
