@@ -193,6 +193,15 @@ def resnet_row(part: str, tasks: Tasks | Callable[[Survey], Tasks]) -> Row:
     return Row(part, "ResNet-20", tasks, scheme(0.02, 4.0, 3, 0.02, True), TUNING, taught=True)
 
 
+def sums_row(first: int, second: int) -> Row:
+    """LeNet-300-100's two large layers as sums of two ranks each, that of the weight and that of a view."""
+    tasks = {
+        "1": Added((LowRank(first), Reshaped(LowRank(first), 600))),
+        "3": Added((LowRank(second), Reshaped(LowRank(second), 200))),
+    }
+    return Row(CURVES, "LeNet-300-100", tasks, scheme(1e-3, 1.15))
+
+
 HALF = Budget(multiply_adds=0.5)
 LOW_RANK_STEPS = scheme(2e-3, 2.0, 6, 0.02, True)
 ROWS = {
@@ -217,24 +226,26 @@ ROWS = {
         {"*": Together(Quantized(4, of=Pruned(0.02), codebook="kmeans"))},
         scheme(2e-4, 1.3),
     ),
-    "low rank, plain + reshaped": Row(
-        CURVES,
-        "LeNet-300-100",
-        {
-            "1": Added((LowRank(8), Reshaped(LowRank(8), 600))),
-            "3": Added((LowRank(4), Reshaped(LowRank(4), 200))),
-        },
-        scheme(1e-3, 1.15),
-    ),
+    **{
+        f"ranks by price, {price:g}": Row(
+            CURVES, "LeNet-300-100", {"*": Priced("LowRank", Price(parameters=price))}, scheme(1e-3, 1.15)
+        )
+        for price in (3e-6, 1e-5)
+    },
+    "low rank, plain + reshaped": sums_row(8, 4),
+    "low rank, plain + reshaped, half the ranks": sums_row(4, 2),
     # A kernel that is a sparse product is formed as a whole: its multiply-adds stay, only storage shrinks.
     "LowRank": resnet_row(RESIDUAL, {"layer*": Within("LowRank", HALF)}),
     "Tucker": resnet_row(RESIDUAL, planned("Tucker", HALF)),
     "SparseProduct, half the parameters": resnet_row(
         RESIDUAL, planned("SparseProduct", Budget(parameters=0.5))
     ),
-    "ranks by price, 1e-7 a multiply-add": lenet_5_row(
-        CURVES, {"*": Priced("LowRank", Price(multiply_adds=1e-7))}, LOW_RANK_STEPS
-    ),
+    **{
+        f"ranks by price, {price:g} a multiply-add": lenet_5_row(
+            CURVES, {"*": Priced("LowRank", Price(multiply_adds=price))}, LOW_RANK_STEPS
+        )
+        for price in (1e-7, 5e-7)
+    },
     "sums of low rank": lenet_5_row(
         CURVES,
         {
@@ -327,6 +338,9 @@ def sheets(records: Records) -> Iterator[Sheet]:
     }
     for part, title in titles.items():
         rows = records.of(part)
+        if part == CURVES:  # the library's row is one point of this curve
+            rows = [row for row in records.of(LIBRARY) if row["what"] == "ranks by price"] + rows
+            rows.sort(key=lambda row: (row["network"], row["rates"]["parameters"]))
         if rows:
             yield Sheet(title, _HEADINGS, list(map(_cells, rows)), _REMARKS.get(part, ""))
 
