@@ -71,14 +71,15 @@ class Images:
         data: where they come from.
         batch_size: of the training.
         share: of the training images that are used.
+        calibrated: how many of them the survey sees.
     """
 
-    def __init__(self, data: Data, batch_size: int, share: float = 1.0) -> None:
+    def __init__(self, data: Data, batch_size: int, share: float = 1.0, calibrated: int = 2048) -> None:
         ((images, labels),) = data.batches("train", batch_size=10**6)
         train, held_out = hold_out(TensorSplit(images, labels), 1 / 12)
         assert train is not None
         assert held_out is not None
-        self.train, self.batch_size = train, batch_size
+        self.train, self.batch_size, self.calibrated = train, batch_size, calibrated
         self.limit = None if share == 1 else int(share * len(images))
         self.parts = {
             "test": list(data.batches("test", batch_size=1000)),
@@ -91,7 +92,7 @@ class Images:
 
     def calibration(self) -> Any:
         """Some training images without labels."""
-        return inputs(self.train.batches(256, limit=2048))
+        return inputs(self.train.batches(256, limit=self.calibrated))
 
     def errors(self, model: nn.Module) -> dict[str, float]:
         """Errors in percent, on the test images and on those held out."""
@@ -119,7 +120,7 @@ def network(name: str, quick: bool = False) -> tuple[nn.Module, Images]:
         data = Images(mnist(), 128, share)
         return trained(lenet_5, Training(15, 0.02, 1e-4, "sgd", mixed_precision=True), data), data
     model = load_model(f"{HERE / 'models.py'}:resnet20", shared_file("cifar10/resnet20.npz"))
-    return model.to(memory_format=torch.channels_last).eval(), Images(cifar10(), 128, share)
+    return model.to(memory_format=torch.channels_last).eval(), Images(cifar10(), 128, share, 512)
 
 
 # ------------------------------------------------------------------------------------------------------------
