@@ -3,65 +3,87 @@
     python experiments/planner.py minilm       # a sentence encoder, by bytes; its packages: sentences.py
     python experiments/planner.py resnet20     # CIFAR-10, by multiply-adds and by bytes
     python experiments/planner.py keep         # keep=0.99 on the MNIST network and on ResNet-20
+    python experiments/planner.py --quick      # keep=0.99 on the MNIST network alone
 
 Calibrated on 1,000 samples without labels; evaluated on others that no choice depends on. A single family
-takes the same share of every layer ("uniform"); the planner chooses family and size for every layer
-("plan"), and then also fits the layers in sequence ("sequential"). All are fitted in the same metrics and
-corrected alike. Rows go one by one to experiments/results/planner_*.json, and those that are there are kept:
-give --fresh to measure them again. Skips with a message where packages or data are absent.
+takes the same share of every layer ("uniform"); the planner chooses family and size for every layer ("plan"),
+and then also fits the layers in sequence ("sequential"). All are fitted in the same metrics and corrected
+alike. "nearest" are weights rounded to the nearest of as many levels as the budget has bits for, the largest
+entry of a row or group being the last level, as anybody would do it first.
+
+Rows go one by one to experiments/results/planner.json, and those that are there are kept: give --fresh to
+measure them again. Skips with a message where packages or data are absent.
 """
 
-import argparse
-import itertools
-import json
+import copy
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sentences
 import torch
 from data import shared_file
-from rich.console import Console
-from rich.table import Table
-from torch import nn
+from records import Records, Sheet, parser, show
+from torch import Tensor, nn
 
 import weft
-from weft.bench import surroundings
 from weft.measure import Batch, accuracy, network_cost
 from weft.plan.error_curves import error_curves
 from weft.sources import load_data, load_model
-from weft.storage import write_text
 from weft.structures import select
 from weft.structures.base import Candidate
 from weft.survey import Survey
 
 HERE = Path(__file__).parent
 CACHE = HERE.parent / "build" / "planner"
-# Families whose curves take minutes for 22 million parameters.
-SENTENCE_FAMILIES = ("LowRank", "Quantized", "DividedRows")
 ALL = "all"  # of the network's families, which the row names
-# Those that build on others have nothing to choose from alone.
-WRAPPERS = ("DividedRows",)
-KERNEL_FAMILIES = ("LowRank", "Separable")
+# Families whose curves take minutes for 22 million parameters; those that stand together build on each other.
+SENTENCE_FAMILIES = (("LowRank",), ("Quantized", "DividedRows"))
+KERNEL_FAMILIES = (("LowRank",), ("Separable",), ("Tucker",))
+# Bits and group (None: a row) whose bytes the budgets of the sentence encoder are.
+ROUNDED = {0.109: (3, 32), 0.141: (4, 32), 0.164: (5, 64), 0.189: (6, None), 0.251: (8, None)}
+
+Families = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to come within a budget.
+
+    Attributes:
+        families: what is chosen from; "all" of the network's, the name of one, or none for rounding.
+        how: "plan", "sequential", "uniform" or "nearest".
+        budgets: limits and shares that it is measured at.
+    """
+
+    families: str
+    how: str
+    budgets: Sequence[tuple[str, float]]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A network with all that planning and judging it needs."""
+    """A network with all that planning and judging it needs.
 
-    name: str
+    Attributes:
+        families: what the planner is offered, by the limit: groups whose members may build on each other.
+    """
+
     model: nn.Module
     survey: Survey
     calibration: Sequence[Batch]
     evaluate: Callable[[nn.Module], dict[str, float]]
-    families: tuple[str, ...]
-    budgets: tuple[tuple[str, float], ...]
+    families: Mapping[str, Families]
+    ways: Sequence[Way]
 
 
 def sentence_encoder() -> Setting:
+    """all-MiniLM-L6-v2, the table of tokens included."""
     model = sentences.sentence_encoder()
     calibration, held_out = sentences.calibration_and_evaluation()
     reference = sentences.embeddings(model, held_out)
@@ -69,12 +91,21 @@ def sentence_encoder() -> Setting:
     def evaluate(network: nn.Module) -> dict[str, float]:
         return sentences.agreement(sentences.embeddings(network, held_out), reference)
 
+    budgets = [("bytes", share) for share in ROUNDED]
+    asked = [budget for budget in budgets if budget[1] in {0.109, 0.141, 0.189}]
+    ways = [
+        Way("", "nearest", budgets),
+        Way(ALL, "plan", asked),
+        Way("LowRank", "uniform", asked),
+        Way("Quantized", "uniform", asked),
+        Way(ALL, "sequential", asked[:1]),
+    ]
     survey = weft.survey(model, calibration, loss="squared")
-    budgets = tuple(("bytes", share) for share in (0.109, 0.141, 0.189, 0.164, 0.251))
-    return Setting("minilm", model, survey, calibration, evaluate, SENTENCE_FAMILIES, budgets)
+    return Setting(model, survey, calibration, evaluate, {"bytes": SENTENCE_FAMILIES}, ways)
 
 
 def cifar_network() -> Setting:
+    """ResNet-20."""
     model = load_model(f"{HERE / 'models.py'}:resnet20", shared_file("cifar10/resnet20.npz"))
     data = load_data(f"{HERE / 'data.py'}:cifar10")
     calibration = list(data.inputs("calibration", batch_size=100, limit=1000))
@@ -83,178 +114,193 @@ def cifar_network() -> Setting:
     def evaluate(network: nn.Module) -> dict[str, float]:
         return {"accuracy": accuracy(network, held_out)}
 
-    budgets = (*(("multiply_adds", share) for share in (0.5, 0.35)),)
-    survey = weft.survey(model, calibration)
-    return Setting("resnet20", model, survey, calibration, evaluate, KERNEL_FAMILIES, budgets)
+    products = [("multiply_adds", share) for share in (0.75, 0.5, 0.35, 0.25)]
+    sizes = [("bytes", share) for share in (0.125, 0.1, 0.075)]
+    ways = [
+        Way(ALL, "plan", products + sizes),
+        *(Way(name, "uniform", products) for (name,) in KERNEL_FAMILIES),
+        Way("Quantized", "uniform", sizes),
+        Way(ALL, "sequential", products[1:3] + sizes),
+    ]
+    families = {"multiply_adds": KERNEL_FAMILIES, "bytes": (*KERNEL_FAMILIES, ("Quantized", "DividedRows"))}
+    survey = weft.survey(model, calibration, teacher=model)
+    return Setting(model, survey, calibration, evaluate, families, ways)
 
 
 SETTINGS: Mapping[str, Callable[[], Setting]] = {"minilm": sentence_encoder, "resnet20": cifar_network}
 
 
-class Rows:
-    """One part's results file, written row by row."""
-
-    def __init__(self, part: str, *, fresh: bool = False) -> None:
-        self.path = HERE / "results" / f"planner_{part}.json"
-        self.part, self.rows = part, []
-        if self.path.exists() and not fresh:
-            self.rows = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
-
-    def find(self, **key: Any) -> dict[str, Any] | None:
-        """The row with these entries."""
-        return next((row for row in self.rows if all(row.get(name) == key[name] for name in key)), None)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        record = {
-            "experiment": "planner",
-            "command": f"python experiments/planner.py {self.part}",
-            "environment": surroundings("transformers"),
-            "rows": self.rows,
-        }
-        self.path.parent.mkdir(exist_ok=True)
-        write_text(self.path, json.dumps(record, indent=1) + "\n")
-        print(json.dumps({name: value for name, value in row.items() if name != "plan"}), flush=True)
-
-
-def compare(setting: Setting, rows: Rows) -> None:
+def compare(part: str, make: Callable[[], Setting], records: Records) -> None:
     """All rows of one network that are missing."""
-    if rows.find(network=setting.name, how="dense") is None:
-        rows.add({"network": setting.name, "how": "dense", **setting.evaluate(setting.model)})
-    curves: dict[str, Mapping[str, Sequence[Candidate]]] = {}
+    setting = make()
+    records.row(part, {"how": "dense"}, lambda: setting.evaluate(setting.model))
+    curves: dict[tuple[str, ...], Mapping[str, Sequence[Candidate]]] = {}
 
-    def curves_of(names: Sequence[str]) -> Mapping[str, Sequence[Candidate]]:
-        key = ",".join(names)
-        if key not in curves:
-            started = time.perf_counter()
-            curves[key] = error_curves(setting.survey, select(names), cache=CACHE)
-            print(f"curves of {key}: {time.perf_counter() - started:.0f} s", flush=True)
-        return curves[key]
+    def curves_of(families: Families) -> dict[str, list[Candidate]]:
+        for names in map(tuple, families):
+            if names not in curves:
+                started = time.perf_counter()
+                curves[names] = error_curves(setting.survey, select(names), cache=CACHE)
+                print(f"curves of {', '.join(names)}: {time.perf_counter() - started:.0f} s", flush=True)
+        layers = setting.survey.layers
+        return {name: [point for own in families for point in curves[tuple(own)][name]] for name in layers}
 
-    alone = [name for name in setting.families if name not in WRAPPERS]
-    for ways in ([(ALL, "plan")], [(ALL, "sequential")], [(name, "uniform") for name in alone]):
-        for (limit, share), (families, how) in itertools.product(setting.budgets, ways):
-            budget = weft.Budget(**{limit: share})
-            key = {"network": setting.name, "limit": limit, "share": share, "families": families, "how": how}
-            if rows.find(**key) is not None:
-                continue
-            names = setting.families if families == ALL else (families,)
-            started = time.perf_counter()
-            try:
-                plan = weft.allocate(
-                    setting.survey,
-                    names,
-                    budget,
-                    method="uniform" if how == "uniform" else "lagrangian",
-                    curves=curves_of(names),
-                )
-            except ValueError as error:
-                rows.add({**key, "unreachable": str(error)})
-                continue
-            small, log = weft.compress(
-                setting.model,
-                plan,
-                setting.survey,
-                batches=setting.calibration,
-                sequential=how == "sequential",
-            )
-            dense, cost = setting.survey.total, network_cost(small, setting.calibration[0])
-            rows.add({
-                **key,
-                **setting.evaluate(small),
-                "bytes": cost.bytes / dense.bytes,
-                "multiply_adds": sum(entry["multiply_adds"] for entry in log) / dense.multiply_adds,
-                "offered": list(names),
-                "chosen": chosen(plan),
-                "plan": {name: structure.to_json() for name, structure in plan.items()},
-                "seconds": time.perf_counter() - started,
-                "commit": surroundings()["commit"],
-            })
+    for way in setting.ways:
+        for limit, share in way.budgets:
+            key = {"families": way.families, "how": way.how, "limit": limit, "share": share}
+            if way.how == "nearest":
+                row = records.row(part, key, partial(nearest, setting, *ROUNDED[share]))
+            else:
+                families = setting.families[limit] if way.families == ALL else [[way.families]]
+                budget = weft.Budget(**{limit: share})
+                row = records.row(part, key, partial(planned, setting, families, budget, way.how, curves_of))
+            print({name: value for name, value in row.items() if name != "plan"}, flush=True)
+
+
+def planned(
+    setting: Setting,
+    families: Families,
+    budget: weft.Budget,
+    how: str,
+    curves_of: Callable[[Families], Mapping[str, Sequence[Candidate]]],
+) -> dict[str, Any]:
+    """Plans, compresses and evaluates; says so where no plan meets the budget."""
+    method = "uniform" if how == "uniform" else "lagrangian"
+    names = [name for own in families for name in own]
+    try:
+        plan = weft.allocate(setting.survey, names, budget, method=method, curves=curves_of(families))
+    except ValueError as error:
+        return {"unreachable": str(error)}
+    small, log = weft.compress(
+        setting.model, plan, setting.survey, batches=setting.calibration, sequential=how == "sequential"
+    )
+    dense, cost = setting.survey.total, network_cost(small, setting.calibration[0])
+    spent = sum(
+        entry["multiply_adds"] - setting.survey.layers[entry["layer"]].cost.multiply_adds for entry in log
+    )
+    return {
+        **setting.evaluate(small),
+        "bytes": cost.bytes / dense.bytes,
+        "multiply_adds": 1 + spent / dense.multiply_adds,
+        "offered": names,
+        "chosen": chosen(plan),
+        "plan": {name: str(structure) for name, structure in plan.items()},
+    }
+
+
+def nearest(setting: Setting, bits: int, group: int | None) -> dict[str, Any]:
+    """Every weight rounded to the nearest level, its scales in half precision."""
+    model = copy.deepcopy(setting.model)
+    size = setting.survey.total.bytes
+    for layer in setting.survey.layers.values():
+        weight = model.get_submodule(layer.name).weight
+        width = min(group or weight.shape[1], weight.shape[1])
+        with torch.no_grad():
+            weight.copy_(_rounded(weight.unflatten(1, (-1, width)), bits).flatten(1))
+        size += weight.numel() * bits // 8 + weight.numel() // width * 2 - layer.cost.bytes
+    return {
+        **setting.evaluate(model),
+        "bytes": size / setting.survey.total.bytes,
+        "levels": f"{bits} bits, a scale per {'row' if group is None else f'{group} entries'}",
+    }
+
+
+def _rounded(parts: Tensor, bits: int) -> Tensor:
+    """Groups on the last axis; levels symmetric about zero."""
+    last = 2 ** (bits - 1) - 1
+    scales = (parts.abs().amax(-1, keepdim=True) / last).half().to(parts).clamp_min(1e-8)
+    return (parts / scales).round().clamp(-last - 1, last) * scales
 
 
 def chosen(plan: weft.Plan) -> dict[str, int]:
     """How many layers have which family."""
-    counts: dict[str, int] = {}
-    for structure in plan.values():
-        name = type(structure).__name__
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+    return dict(Counter(type(structure).__name__ for structure in plan.values()))
 
 
-def keep(rows: Rows) -> None:
+KEPT = {
+    "mnist": (f"{HERE / 'models.py'}:mnist_network", "mnist/mlp_784_128_32_10.npz", "mnist"),
+    "resnet20": (f"{HERE / 'models.py'}:resnet20", "cifar10/resnet20.npz", "cifar10"),
+}
+
+
+def keep(network: str, families: tuple[str, ...], minimise: str) -> dict[str, Any]:
     """`keep=0.99` on one half of the test data, and what it comes to on the other half."""
-    sources = {
-        "mnist": (f"{HERE / 'models.py'}:mnist_network", "mnist/mlp_784_128_32_10.npz", "mnist"),
-        "resnet20": (f"{HERE / 'models.py'}:resnet20", "cifar10/resnet20.npz", "cifar10"),
+    source, weights, data_name = KEPT[network]
+    model = load_model(source, shared_file(weights))
+    data = load_data(f"{HERE / 'data.py'}:{data_name}")
+    calibration = list(data.inputs("calibration", batch_size=100, limit=1000))
+    seen, unseen = data.split("test").divide(0.5, 250)
+    survey = weft.survey(model, calibration, teacher=model)
+    found = weft.search(
+        model,
+        survey,
+        families,
+        weft.Budget(keep=0.99),
+        evaluate=lambda tried: accuracy(tried, seen),
+        batches=calibration,
+        minimise=minimise,
+        curves=error_curves(survey, select(families), cache=CACHE),
+    )
+    dense_unseen, unseen_value = (accuracy(one, unseen) for one in (model, found.model))
+    cost = network_cost(found.model, calibration[0])
+    return {
+        "seen": found.value / found.dense_value,
+        "unseen": unseen_value / dense_unseen,
+        "dense_unseen": dense_unseen,
+        "bytes": cost.bytes / survey.total.bytes,
+        "multiply_adds": cost.multiply_adds / survey.total.multiply_adds,
+        "steps": found.log,
+        "chosen": chosen(found.plan),
+        "plan": {name: str(structure) for name, structure in found.plan.items()},
     }
-    for name, (source, weights, data_name) in sources.items():
-        if rows.find(network=name, how="keep") is not None:
-            continue
-        model = load_model(source, shared_file(weights))
-        data = load_data(f"{HERE / 'data.py'}:{data_name}")
-        calibration = list(data.inputs("calibration", batch_size=100, limit=1000))
-        seen, unseen = data.split("test").halves(250)
-        survey = weft.survey(model, calibration)
-        families = ("LowRank", "Quantized") if name == "mnist" else KERNEL_FAMILIES
-        started = time.perf_counter()
-        found = weft.search(
-            model,
-            survey,
-            families,
-            weft.Budget(keep=0.99),
-            evaluate=lambda network, seen=seen: accuracy(network, seen),
-            batches=calibration,
-            minimise="bytes",
-            curves=error_curves(survey, select(families), cache=CACHE),
-        )
-        dense_unseen, unseen_value = (accuracy(network, unseen) for network in (model, found.model))
-        rows.add({
-            "network": name,
-            "how": "keep",
-            "keep": 0.99,
-            "seen": found.value / found.dense_value,
-            "unseen": unseen_value / dense_unseen,
-            "dense_unseen": dense_unseen,
-            "bytes": network_cost(found.model, calibration[0]).bytes / survey.total.bytes,
-            "steps": found.log,
-            "chosen": chosen(found.plan),
-            "seconds": time.perf_counter() - started,
-            "commit": surroundings()["commit"],
-        })
 
 
-def show(rows: Rows) -> None:
-    """Prints a part's table."""
-    console = Console(width=150)
-    for network in SETTINGS:
-        own = [row for row in rows.rows if row["network"] == network and "share" in row]
-        if not own:
-            continue
-        budgets = list(dict.fromkeys((row["limit"], row["share"]) for row in own))
-        ways = list(dict.fromkeys((row["families"], row["how"]) for row in own))
-        table = Table(title=f"{network}: {rows.find(network=network, how='dense')}", title_justify="left")
-        table.add_column("families")
-        for limit, share in budgets:
-            table.add_column(f"{limit} {share:g}", justify="right")
-        for families, how in ways:
-            cells = []
-            for limit, share in budgets:
-                row = rows.find(network=network, limit=limit, share=share, families=families, how=how)
-                cells.append(_cell(row))
-            table.add_row(f"{families}, {how}", *cells)
-        console.print(table)
-    for row in rows.rows:
-        if row["how"] == "keep":
-            console.print(
-                f"{row['network']}: keep 0.99 -> {row['unseen']:.4f} on data the search never saw, "
-                f"{row['bytes']:.3f} of the bytes, {row['chosen']}",
-                highlight=False,
-            )
+def keep_rows(records: Records, quick: bool) -> None:
+    """Rows of networks and of what is made small."""
+    ways = [("mnist", ("LowRank", "Quantized"), "bytes")]
+    if not quick:
+        ways += [
+            ("mnist", ("LowRank",), "multiply_adds"),
+            ("resnet20", ("LowRank", "Separable", "Quantized", "DividedRows"), "bytes"),
+            ("resnet20", ("LowRank", "Separable", "Tucker"), "multiply_adds"),
+        ]
+    for network, families, minimise in ways:
+        key = {"network": network, "offered": list(families), "minimise": minimise, "keep": 0.99}
+        row = records.row("keep", key, partial(keep, network, families, minimise))
+        print({name: value for name, value in row.items() if name not in {"plan", "steps"}}, flush=True)
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return ""
+def sheets(records: Records) -> Iterator[Sheet]:
+    """One table per network."""
+    for part in SETTINGS:
+        rows = [row for row in records.of(part) if "share" in row]
+        budgets = list(dict.fromkeys((row["limit"], row["share"]) for row in rows))
+        ways = list(dict.fromkeys((row["families"], row["how"]) for row in rows))
+        cells = {(row["families"], row["how"], row["limit"], row["share"]): _cell(row) for row in rows}
+        headings = ["families", *(f"{limit.replace('_', '-')} {share:g}" for limit, share in budgets)]
+        lines = [
+            [", ".join(filter(None, way)), *(cells.get((*way, *budget), "") for budget in budgets)]
+            for way in ways
+        ]
+        measure = "cosine to the dense embedding, same nearest neighbour" if part == "minilm" else "top-1"
+        yield Sheet(f"{part}, {measure}", headings, lines)
+    lines = [
+        [
+            row["network"],
+            row["minimise"].replace("_", "-"),
+            ", ".join(row["offered"]),
+            f"{row['bytes']:.3f}",
+            f"{row['multiply_adds']:.3f}",
+            f"{row['seen']:.4f}",
+            f"{row['unseen']:.4f}",
+        ]
+        for row in records.of("keep")
+    ]
+    headings = ["network", "made small", "families", "bytes", "multiply-adds", "kept, seen", "kept, unseen"]
+    yield Sheet("keep=0.99", headings, lines)
+
+
+def _cell(row: Mapping[str, Any]) -> str:
     if "unreachable" in row:
         return "-"
     if "cosine" in row:
@@ -263,23 +309,20 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", nargs="*", choices=[*SETTINGS, "keep", []])
-    parser.add_argument("--fresh", action="store_true", help="measure the rows again")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("part", nargs="*", choices=[*SETTINGS, "keep", []])
+    given = options.parse_args()
     torch.manual_seed(0)
-    for part in arguments.part or [*SETTINGS, "keep"]:
-        rows = Rows(part, fresh=arguments.fresh)
+    records = Records("planner", fresh=given.fresh, quick=given.quick, packages=("transformers",))
+    for part in given.part or (["keep"] if given.quick else [*SETTINGS, "keep"]):
         try:
             if part == "keep":
-                keep(rows)
+                keep_rows(records, given.quick)
             else:
-                compare(SETTINGS[part](), rows)
+                compare(part, SETTINGS[part], records)
         except FileNotFoundError as error:
             print(f"skipped: {error}")
-        show(rows)
+    show(sheet for sheet in sheets(records) if sheet.rows)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from weft.structures.dense import Dense
 from weft.structures.divided_rows import DividedRows
 from weft.structures.low_rank import LowRank
 from weft.structures.quantized import Quantized
+from weft.structures.sparse_product import SparseProduct
 from weft.survey import LayerSurvey, Survey
 
 
@@ -738,6 +739,30 @@ def test_a_budget_below_the_smallest_possible_names_it(surveyed: tuple[nn.Sequen
     plan = weft.allocate(survey, "LowRank", Budget(bytes=least))
     assert plan.total is not None
     assert plan.total.bytes == least
+
+
+def test_a_plan_says_why_the_other_families_lost(surveyed: tuple[nn.Sequential, Survey]) -> None:
+    _, survey = surveyed
+    families = [LowRank, SparseProduct, Quantized]
+    curves = error_curves(survey, families)
+    kinds = set()
+    for share in (0.105, 0.15, 0.3, 0.6):
+        plan = weft.allocate(survey, families, Budget(bytes=share), curves=curves)
+        for name, chosen in plan.expected.items():
+            if isinstance(chosen.structure, Dense):
+                assert name not in plan.others or not plan.others[name]
+                continue
+            rivals = {family.__name__ for family in families} - {type(chosen.structure).__name__}
+            assert set(plan.others[name]) <= rivals
+            for family, reason in plan.others[name].items():
+                own = [point for point in curves[name] if type(point.structure).__name__ == family]
+                affordable = [point.error for point in own if point.cost.bytes <= chosen.cost.bytes]
+                kinds.add(bool(affordable))
+                if affordable:
+                    assert reason.startswith(f"error {min(affordable):.4f} at no more cost")
+                else:
+                    assert reason == f"at least {min(point.cost.bytes for point in own):,} bytes"
+    assert kinds == {True, False}
 
 
 def test_unknown_methods_and_families_are_refused(surveyed: tuple[nn.Sequential, Survey]) -> None:

@@ -413,48 +413,21 @@ def descend(
     return current.T.contiguous()
 
 
-def quantise(
-    matrix: Tensor,
-    starts: Sequence[Levels],
-    *,
-    input_gram: Gram | None = None,
-    output_gram: Gram | None = None,
-    feedback: bool = True,
-    by_importance: bool = False,
-    solves: bool = True,
-    sweeps: int = 8,
-    tolerance: float = 2e-3,
-) -> tuple[Tensor, Levels]:
+Fit = tuple[Tensor, Levels]
+
+
+def quantise(matrix: Tensor, starts: Sequence[Levels], **options: Any) -> Fit:
     """Codes and levels near a matrix in the weighted norm.
 
     Args:
         matrix: W, shape (rows, columns), float32 or float64.
         starts: levels to start from; every row keeps what serves it best.
-        input_gram: Ĝ; the identity where None.
-        output_gram: H; the identity where None.
-        feedback: whether entries are chosen together; else each is rounded to its nearest level.
-        by_importance: whether error feedback starts with the columns of largest Ĝ_jj.
-        solves: whether levels are solved for; else they stay as given.
-        sweeps: the most rounds of coordinate descent and solving.
-        tolerance: stops where a round lowers the squared error by a smaller share.
+        options: Grams and all else that `quantise_several` takes.
 
     Returns:
         The codes, int64, shape (rows, columns), and their levels.
     """
-    return quantise_several(
-        matrix,
-        [starts],
-        input_gram=input_gram,
-        output_gram=output_gram,
-        feedback=feedback,
-        by_importance=by_importance,
-        solves=solves,
-        sweeps=sweeps,
-        tolerance=tolerance,
-    )[0]
-
-
-Fit = tuple[Tensor, Levels]
+    return quantise_several(matrix, [starts], **options)[0]
 
 
 def quantise_several(

@@ -1,7 +1,7 @@
 """Error curves: for every layer its undominated candidates, each with cost and error.
 
 Families that build on others (quantised factors, sums) come second: they are offered the undominated
-candidates of the first ones, thinned to a few along the curve, so that nothing hopeless is fitted.
+candidates of the first ones, a few of each family along its curve, so that nothing hopeless is fitted.
 """
 
 import os
@@ -19,8 +19,9 @@ from weft.structures.base import Candidate, Structure
 from weft.structures.dense import Dense
 from weft.survey import LayerSurvey, Survey
 
-# How many candidates of the other families a wrapper is offered per layer.
-MOST_INNER = 8
+# How many candidates of every other family a wrapper is offered per layer, and the relative error from which
+# on nothing is worth building on.
+MOST_INNER, MOST_INNER_ERROR = 8, 0.7
 
 
 def error_curves(
@@ -175,16 +176,19 @@ def _promising(
 
 
 def _thinned(candidates: Sequence[Candidate]) -> tuple[Structure, ...]:
-    """A few of the undominated candidates, spread evenly over the curve in bytes."""
+    """Of every family a few of the candidates that no other one beats in bytes, spread evenly over them."""
     ordered = sorted(candidates, key=lambda point: (point.cost.bytes, point.error))
-    front: list[Candidate] = []
+    front: dict[type[Structure], list[Structure]] = {}
+    least = MOST_INNER_ERROR
     for point in ordered:
-        if not front or point.error < front[-1].error:
-            front.append(point)
-    if len(front) <= MOST_INNER:
-        return tuple(point.structure for point in front)
-    picked = np.linspace(0, len(front) - 1, MOST_INNER).round().astype(int)
-    return tuple(front[index].structure for index in picked)
+        if point.error < least:
+            least = point.error
+            front.setdefault(type(point.structure), []).append(point.structure)
+    found: list[Structure] = []
+    for own in front.values():
+        picked = np.linspace(0, len(own) - 1, min(len(own), MOST_INNER)).round().astype(int)
+        found += [own[index] for index in picked]
+    return tuple(found)
 
 
 def _by_family(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -265,18 +265,7 @@ class DividedRows(Structure):
         output_gram: Gram | None = None,
         geometry: Geometry | None = None,
     ) -> list[Candidate]:
-        """All divisions of the rows among sizes from every row's error in each of them.
-
-        Args:
-            structures: of this family.
-            weight: W.
-            input_gram: Ĝ.
-            output_gram: H.
-            geometry: the convolution's.
-
-        Returns:
-            One candidate per structure, in their order.
-        """
+        """All divisions of the rows among sizes from every row's error in each of them."""
         checks.weight(weight)
         wanted = [structure for structure in structures if isinstance(structure, cls)]
         if any(not part.rows_apart for structure in wanted for part in structure.parts):

@@ -290,20 +290,8 @@ class Quantized(Structure):
         output_gram: Gram | None = None,
         geometry: Geometry | None = None,
     ) -> list[Candidate]:
-        """All numbers of bits in a few passes over the columns, a tall matrix's errors from part of its rows.
-
-        Where an output Gram couples rows, what error feedback over them gains is predicted.
-
-        Args:
-            structures: of this family.
-            weight: W.
-            input_gram: Ĝ.
-            output_gram: H.
-            geometry: the convolution's.
-
-        Returns:
-            One candidate per structure, in their order.
-        """
+        """All sizes in a few passes over the columns, a tall matrix's errors from part of its rows."""
+        # Where an output Gram couples rows, what error feedback over them gains is predicted.
         checks.weight(weight)
         grams = {"input_gram": input_gram, "output_gram": output_gram}
         found: dict[Structure, Candidate] = {}
@@ -338,17 +326,7 @@ class Quantized(Structure):
         input_gram: Gram | None = None,
         output_gram: Gram | None = None,
     ) -> RowProfile:
-        """From part of the rows of a tall matrix, all sizes in a few passes over the columns.
-
-        Args:
-            structures: of this family.
-            weight: W.
-            input_gram: Ĝ.
-            output_gram: H.
-
-        Returns:
-            The profile.
-        """
+        """From part of the rows of a tall matrix, all sizes in a few passes over the columns."""
         matrix = weight.detach().to(_precision(weight)).flatten(1)
         weights = row_weights(output_gram, len(matrix))
         rows, factors = torch.arange(len(matrix)), torch.ones(len(matrix), dtype=torch.float64)
