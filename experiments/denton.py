@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from data import imagenet_features, mnist, shared_file
+from learning_compression import network
 from models import mnist_network, mobilenet_v2_classifier
 from records import Records, Sheet, parser, show
 from torch import nn
@@ -58,6 +59,7 @@ def networks() -> dict[str, Network]:
     source = f"{__file__.replace('denton', 'models')}:{mnist_network.__name__}"
     return {
         "MNIST 784-128-32-10": Network(load_model(source, weights), mnist()),
+        "LeNet-300-100": Network(network("LeNet-300-100")[0], mnist()),
         "MobileNetV2's classifier": Network(mobilenet_v2_classifier(), imagenet_features()),
     }
 
@@ -92,13 +94,13 @@ def main() -> None:
         for rank in (channels // 2, channels):
             key = {"channels": channels, "rank": rank}
             records.row("convolutions", key, partial(convolution_row, channels, rank))
-    for name, network in found.items():
-        for layer, surveyed in track(network.surveys["plain"].layers.items(), name):
+    for name, each in found.items():
+        for layer, surveyed in track(each.surveys["plain"].layers.items(), name):
             rows, columns = surveyed.shape
             for share in SHARES:
                 rank = max(1, round(share * rows * columns / (rows + columns)))
                 key = {"model": name, "layer": layer or "classifier", "shape": [rows, columns], "rank": rank}
-                records.row("layers", key, partial(network.row, layer, rank))
+                records.row("layers", key, partial(each.row, layer, rank))
     show(sheets(records))
 
 
