@@ -3,7 +3,7 @@
     python benchmarks/end_to_end.py                    # --parts minilm for one
 
 "minilm" is the sentence encoder of `experiments/sentences.py` (real weights and sentences), its linear layers
-quantised alike, without data; "resnet20" the trained network of `../shared/data` by a plan for half of its
+and embeddings quantised alike, without data; "resnet20" the trained network of `../shared/data` by a plan for half of its
 multiply-adds, with corrected batch norms. Neither is trained any further. Everything is called in turns in
 one process; a row is the median of one of them at a batch and a number of threads. `agreement` says how near
 a network's results are to those of the dense one on real inputs: the mean cosine of the sentences' vectors,
@@ -53,7 +53,7 @@ def minilm() -> Rows:
     rules = {
         "weft, 8 bits, int8 vectors": "Quantized(bits=8, activations=int8)",
         "weft, 8 bits": "Quantized(bits=8)",
-        "weft, 4 bits in groups of 64": "Quantized(bits=4, group=64)",
+        "weft, 4 bits in groups of 32": "Quantized(bits=4, group=32)",
     }
     compressed = {name: quantised(dense, from_text(text)) for name, text in rules.items()}
 
@@ -80,14 +80,14 @@ def resnet20() -> Rows:
     def agreement(ours: Tensor, theirs: Tensor) -> float:
         return float((ours.argmax(1) == theirs.argmax(1)).float().mean())
 
-    return compare("ResNet-20", dense, compressed, batches, agreement, elsewhere=True)
+    return compare("ResNet-20", dense, compressed, batches, agreement, exported=True)
 
 
 def quantised(dense: nn.Module, structure: Structure) -> nn.Module:
-    """The network with every linear layer's nearest member in place of its weight."""
+    """The network with the nearest member in place of every linear layer's and embedding's weight."""
     small = copy.deepcopy(dense)
     for name, layer in dense.named_modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear | nn.Embedding):
             small = replace_layer(small, [name], structure.fit(layer.weight.detach()))
     return small.eval()
 
@@ -99,15 +99,15 @@ def compare(
     batches: Mapping[int, tuple[Tensor, ...]],
     agreement: Callable[[Tensor, Tensor], float],
     *,
-    elsewhere: bool = False,
+    exported: bool = False,
 ) -> Rows:
-    """One row per way, batch and number of threads; `elsewhere`: the compressed ones also compiled."""
+    """One row per way, batch and number of threads; `exported`: the compressed ones by ONNX Runtime too."""
     rows: Rows = []
     sizes = {name: footprint(model).stored for name, model in (("dense", dense), *compressed.items())}
     with tempfile.TemporaryDirectory() as folder:
         sample = next(iter(batches.values()))
         files = onnx_files(dense, sample, Path(folder))
-        if elsewhere:
+        if exported:
             for place, (name, model) in enumerate(compressed.items()):
                 files[f"{name}, onnxruntime"] = onnx_file(model, sample, Path(folder) / f"{place}.onnx")
         for count in THREADS:
@@ -122,7 +122,6 @@ def compare(
                         **{
                             f"{name}, torch.compile": partial(torch.compile(model), *inputs)
                             for name, model in compressed.items()
-                            if elsewhere
                         },
                         **{name: partial(ask, session, inputs) for name, session in sessions.items()},
                     }

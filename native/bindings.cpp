@@ -322,11 +322,10 @@ bool wrong_count(Py_ssize_t got, Py_ssize_t wanted, const char *names) {
     return got != wanted;
 }
 
-// low_rank_apply(x, left, right, bias, largest_batch, threads)
+// low_rank_apply(x, left, right, bias, threads)
 PyObject *low_rank_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
-    std::int64_t sizes[2];
-    if (wrong_count(count, 6, "x, left, right, bias, largest_batch, threads") || !whole_numbers(given + 4, sizes))
-        return nullptr;
+    std::int64_t threads[1];
+    if (wrong_count(count, 5, "x, left, right, bias, threads") || !whole_numbers(given + 4, threads)) return nullptr;
     Arguments arguments;
     const Plain x = arguments.tensor(given[0]), left = arguments.tensor(given[1]), right = arguments.tensor(given[2]);
     if (!arguments.serve()) return arguments.declined();
@@ -334,12 +333,12 @@ PyObject *low_rank_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
     if (!arguments.serve()) return arguments.declined();
     const std::int64_t batch = x.batch(), outputs = left.shape[0], rank = left.shape[1];
     const std::uintptr_t bias = arguments.optional(given[3], outputs);
-    arguments.require(batch >= 1 && batch <= sizes[0] && right.has_shape(rank, x.last()));
+    arguments.require(batch >= 1 && right.has_shape(rank, x.last()));
     if (!arguments.serve()) return arguments.declined();
     return run(given[0], x, outputs, [&](float *out) {
         weft::low_rank_apply({at<const float>(x.data), at<const float>(left.data), at<const float>(right.data),
                               at<const float>(bias), out, batch, x.last(), rank, outputs},
-                             static_cast<int>(sizes[1]));
+                             static_cast<int>(threads[0]));
     });
 }
 
@@ -419,13 +418,13 @@ std::int64_t rows_of_codes(Arguments &arguments, const Plain &codes, std::int64_
     return arguments.serve() ? codes.shape[0] : 0;
 }
 
-// quantized_apply(x, codes, scales, zeros, bias, bits, group, inputs, int8, largest_batch, threads)
+// quantized_apply(x, codes, scales, zeros, bias, bits, group, inputs, int8, threads)
 PyObject *quantized_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
-    std::int64_t numbers[6];
-    if (wrong_count(count, 11, "x, codes, scales, zeros, bias, bits, group, inputs, int8, largest_batch, threads") ||
+    std::int64_t numbers[5];
+    if (wrong_count(count, 10, "x, codes, scales, zeros, bias, bits, group, inputs, int8, threads") ||
         !whole_numbers(given + 5, numbers))
         return nullptr;
-    const auto [bits, group, inputs, int8, largest_batch, threads] = numbers;
+    const auto [bits, group, inputs, int8, threads] = numbers;
     Arguments arguments;
     const Plain x = arguments.tensor(given[0]), codes = arguments.tensor(given[1], Numbers::uint8);
     const Plain scales = arguments.tensor(given[2]);
@@ -440,7 +439,6 @@ PyObject *quantized_apply(PyObject *, PyObject *const *given, Py_ssize_t count) 
         if (!arguments.serve()) return arguments.declined();
         arguments.require(zeros.has_shape(outputs, inputs / group));
     }
-    arguments.require(x.batch() <= largest_batch);
     if (!arguments.serve()) return arguments.declined();
     return run(given[0], x, outputs, [&](float *out) {
         const weft::QuantizedProduct product = {
@@ -452,13 +450,12 @@ PyObject *quantized_apply(PyObject *, PyObject *const *given, Py_ssize_t count) 
     });
 }
 
-// codebook_apply(x, codes, codebook, bias, bits, inputs, largest_batch, threads)
+// codebook_apply(x, codes, codebook, bias, bits, inputs, threads)
 PyObject *codebook_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
-    std::int64_t numbers[4];
-    if (wrong_count(count, 8, "x, codes, codebook, bias, bits, inputs, largest_batch, threads") ||
-        !whole_numbers(given + 4, numbers))
+    std::int64_t numbers[3];
+    if (wrong_count(count, 7, "x, codes, codebook, bias, bits, inputs, threads") || !whole_numbers(given + 4, numbers))
         return nullptr;
-    const auto [bits, inputs, largest_batch, threads] = numbers;
+    const auto [bits, inputs, threads] = numbers;
     Arguments arguments;
     const Plain x = arguments.tensor(given[0]), codes = arguments.tensor(given[1], Numbers::uint8);
     const Plain book = arguments.tensor(given[2]);
@@ -468,8 +465,6 @@ PyObject *codebook_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
     const std::int64_t values = std::int64_t{1} << bits;
     arguments.require(x.axes >= 1 && x.last() == inputs &&
                       (book.has_shape(1, values) || book.has_shape(outputs, values)));
-    if (!arguments.serve()) return arguments.declined();
-    arguments.require(x.batch() <= largest_batch);
     if (!arguments.serve()) return arguments.declined();
     return run(given[0], x, outputs, [&](float *out) {
         weft::quantized_float({{at<const std::uint8_t>(codes.data), nullptr, nullptr, at<const float>(book.data),
@@ -515,16 +510,6 @@ PyObject *codewords_apply(PyObject *, PyObject *const *given, Py_ssize_t count) 
     });
 }
 
-// Arrays by their addresses, as weft.kernels.quantized checked them: for large batches, whose products cost more.
-void quantized_write(std::uintptr_t codes, std::uintptr_t scales, std::uintptr_t zeros, std::uintptr_t codebook,
-                     std::int64_t book_stride, std::uintptr_t out, std::int64_t inputs, std::int64_t outputs,
-                     std::int64_t group, int bits, int threads) {
-    nb::gil_scoped_release release;
-    weft::quantized_write({at<const std::uint8_t>(codes), at<const float>(scales), at<const float>(zeros),
-                           at<const float>(codebook), book_stride, inputs, outputs, group, bits},
-                          at<float>(out), threads);
-}
-
 // Bound without nanobind, whose variable arguments would become a tuple on every call.
 template <PyObject *(*function)(PyObject *, PyObject *const *, Py_ssize_t)>
 PyMethodDef fast(const char *name, const char *description) {
@@ -534,7 +519,7 @@ PyMethodDef fast(const char *name, const char *description) {
 PyMethodDef fast_functions[] = {
     fast<takes_raw_pointers>("takes_raw_pointers", "The guard of weft.kernels.dispatch, in one call."),
     fast<low_rank_apply>("low_rank_apply",
-                         "(x, left, right, bias, largest_batch, threads) to (x rightᵀ) leftᵀ + bias; this and the "
+                         "(x, left, right, bias, threads) to (x rightᵀ) leftᵀ + bias; this and the "
                          "following check all tensors and sizes, and give None where the call is not theirs."),
     fast<block_sequence_apply>("block_sequence_apply",
                                "(x, bias, matrices, sizes, code, inputs, outputs, threads) to the program's product."),
@@ -542,10 +527,10 @@ PyMethodDef fast_functions[] = {
                              "(x, values, bias, table, count, entries, inputs, outputs, threads) to "
                              "x (S_1 ... S_count)ᵀ + bias."),
     fast<quantized_apply>("quantized_apply",
-                          "(x, codes, scales, zeros, bias, bits, group, inputs, int8, largest_batch, threads) to "
+                          "(x, codes, scales, zeros, bias, bits, group, inputs, int8, threads) to "
                           "x Ŵᵀ + bias for uniform codes; with vectors rounded to whole numbers where int8."),
     fast<codebook_apply>("codebook_apply",
-                         "(x, codes, codebook, bias, bits, inputs, largest_batch, threads) to the same for codes of a "
+                         "(x, codes, codebook, bias, bits, inputs, threads) to the same for codes of a "
                          "codebook."),
     fast<codewords_apply>("codewords_apply",
                           "(x, codes, words, scales, bias, subspaces, threads) to x Ŵᵀ + bias for rows "
@@ -560,5 +545,4 @@ NB_MODULE(_native, module) {
     module.def("instructions", &weft::instructions_name, "Name of the instruction set in use.");
     module.def("use_instructions", &weft::use_instructions,
                "Uses the leaf kernels' copy of this name from now on; False where build or processor lack it.");
-    module.def("quantized_write", &quantized_write, "out = Ŵ: the weights that codes stand for, by addresses.");
 }

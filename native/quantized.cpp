@@ -91,7 +91,11 @@ void decode_row(const QuantizedMatrix &m, const QuantizedLeaf &leaf, std::int64_
     }
 }
 
-// Four rows of weights at a time, decoded into the nearest cache: for what whole numbers do not serve.
+// Inputs per pass over the codes: they, or their whole numbers, stay in the cache, and scratch memory stays small.
+constexpr std::int64_t slice = 128;
+
+// Four rows of weights at a time, decoded into the nearest cache: for many inputs, and for what whole numbers do not
+// serve.
 void by_decoded_rows(const QuantizedProduct &p, const float *x, int threads) {
     const QuantizedLeaf &leaf = quantized_leaf();
     const QuantizedMatrix &m = p.matrix;
@@ -102,18 +106,17 @@ void by_decoded_rows(const QuantizedProduct &p, const float *x, int threads) {
     std::uint8_t *all_codes = at_least(scratch().codes, parts * codes_each);
     share_rows(m.outputs, parts, [&](int part, std::int64_t begin, std::int64_t end) {
         float *decoded = all + part * each;
-        for (std::int64_t row = begin; row < end; row += 4) {
-            const std::int64_t count = std::min<std::int64_t>(4, end - row);
-            for (std::int64_t r = 0; r < count; ++r)
-                decode_row(m, leaf, row + r, all_codes + part * codes_each, decoded + r * m.inputs);
-            product({x, m.inputs, decoded, p.bias != nullptr ? p.bias + row : nullptr, p.out + row, m.outputs, p.batch,
-                     count, m.inputs, nullptr});
-        }
+        for (std::int64_t first = 0; first < p.batch; first += slice)
+            for (std::int64_t row = begin; row < end; row += 4) {
+                const std::int64_t count = std::min<std::int64_t>(4, end - row);
+                for (std::int64_t r = 0; r < count; ++r)
+                    decode_row(m, leaf, row + r, all_codes + part * codes_each, decoded + r * m.inputs);
+                product({x + first * m.inputs, m.inputs, decoded, p.bias != nullptr ? p.bias + row : nullptr,
+                         p.out + first * m.outputs + row, m.outputs, std::min(slice, p.batch - first), count, m.inputs,
+                         nullptr});
+            }
     });
 }
-
-// Inputs per pass over the codes: their whole numbers stay in the cache, and scratch memory stays small.
-constexpr std::int64_t slice = 128;
 
 // Inputs as vectors of whole numbers, which `write(x, to, widths)` makes; false where it cannot.
 template <typename Write>
@@ -173,6 +176,12 @@ bool by_whole_numbers(const QuantizedProduct &p, int digits, int threads, Write 
     return true;
 }
 
+// The largest batch for products of codes themselves: for more vectors it measures faster to decode rows (AVX-512 with
+// VNNI; later where a long row has one scale).
+std::int64_t most_vectors(const QuantizedMatrix &m) {
+    return m.codebook == nullptr && m.group == m.inputs && m.inputs >= 1024 ? 64 : 8;
+}
+
 // Groups of one to three inputs: too many for a register's lanes to choose from.
 bool tiny_groups(const QuantizedMatrix &m) { return m.group != m.inputs && m.group < 4; }
 
@@ -203,6 +212,7 @@ void codebook_float(const QuantizedProduct &p, int threads) {
 }  // namespace
 
 void quantized_float(const QuantizedProduct &p, int threads) {
+    if (p.batch > most_vectors(p.matrix)) return by_decoded_rows(p, p.x, threads);
     if (p.matrix.codebook != nullptr) return codebook_float(p, threads);
     const QuantizedLeaf &leaf = quantized_leaf();
     const auto split = [&](const float *x, std::int8_t *to, std::int64_t stride, float *widths) {
@@ -231,17 +241,6 @@ void quantized_int8(const QuantizedProduct &p, int threads) {
             rounded[b * inputs + j] = static_cast<float>(whole[static_cast<std::size_t>(j)]) * width;
     }
     by_decoded_rows(p, rounded, threads);
-}
-
-void quantized_write(const QuantizedMatrix &m, float *out, int threads) {
-    const QuantizedLeaf &leaf = quantized_leaf();
-    const int parts = parts_of(m.inputs * m.outputs, threads);
-    const std::int64_t each = m.inputs + integer_padding;
-    std::uint8_t *codes = at_least(scratch().codes, parts * each);
-    share_rows(m.outputs, parts, [&](int part, std::int64_t begin, std::int64_t end) {
-        for (std::int64_t row = begin; row < end; ++row)
-            decode_row(m, leaf, row, codes + part * each, out + row * m.inputs);
-    });
 }
 
 const QuantizedLeaf &quantized_leaf() {

@@ -1,6 +1,6 @@
 #pragma once
 // Products with packed codes: uniform levels with float vectors or with vectors rounded to whole numbers, and
-// codebooks; and the weights that codes stand for, written out.
+// codebooks.
 
 #include <cstdint>
 
@@ -30,8 +30,5 @@ struct QuantizedProduct {
 // pays. Throw std::bad_alloc where scratch memory cannot be had.
 void quantized_float(const QuantizedProduct &product, int threads);
 void quantized_int8(const QuantizedProduct &product, int threads);
-
-// The weights: out (outputs, inputs).
-void quantized_write(const QuantizedMatrix &matrix, float *out, int threads);
 
 }  // namespace weft

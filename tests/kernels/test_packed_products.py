@@ -438,34 +438,20 @@ def test_nothing_is_read_beyond_the_codes_nor_written_beyond_the_output(
         assert protect(every.data_ptr() + pages * page, page, 0) == 0
         at_the_end = every[pages * page - length : pages * page].view(codes.shape)
         at_the_end.copy_(codes)
-        marked = torch.full((2 * 6 + 64,), 7.0)
-        for int8 in (False, True):
-            with monkeypatch.context() as patched:
-                patched.setattr(torch.Tensor, "new_empty", lambda *_: marked[32:-32].view(2, 6))  # noqa: B023
-                y = dispatch.native.quantized_apply(
-                    x, at_the_end, scales, None, bias, bits, group, inputs, int8, 2, 1
-                )
-            assert y.data_ptr() == marked[32:].data_ptr()
-            assert (marked[:32] == 7).all()
-            assert (marked[-32:] == 7).all()
-            assert_close(marked[32:-32].view(2, 6), rounded(x) if int8 else x, weight, bias)
-        written = torch.full((6 * inputs + 64,), 7.0)
-        dispatch.native.quantized_write(
-            at_the_end.data_ptr(),
-            scales.data_ptr(),
-            0,
-            0,
-            0,
-            written[32:].data_ptr(),
-            inputs,
-            6,
-            group,
-            bits,
-            1,
-        )
-        assert (written[:32] == 7).all()
-        assert (written[-32:] == 7).all()
-        torch.testing.assert_close(written[32:-32].view(6, inputs).double(), weight)
+        for count in (2, 70):  # codes by themselves, and decoded rows
+            many = x.repeat(count // 2, 1)
+            marked = torch.full((count * 6 + 64,), 7.0)
+            inside = marked[32:-32].view(count, 6)
+            for int8 in (False, True):
+                with monkeypatch.context() as patched:
+                    patched.setattr(torch.Tensor, "new_empty", lambda *_: inside)  # noqa: B023
+                    y = dispatch.native.quantized_apply(
+                        many, at_the_end, scales, None, bias, bits, group, inputs, int8, 1
+                    )
+                assert y.data_ptr() == marked[32:].data_ptr()
+                assert (marked[:32] == 7).all()
+                assert (marked[-32:] == 7).all()
+                assert_close(inside, rounded(many) if int8 else many, weight, bias)
         protect(every.data_ptr() + pages * page, page, mmap.PROT_READ | mmap.PROT_WRITE)
 
 

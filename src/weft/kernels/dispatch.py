@@ -14,7 +14,6 @@ from torch.nn import Parameter
 
 __all__ = [
     "calls_operation",
-    "holds_bytes",
     "in_plain_eager",
     "native",
     "needs_plain_operations",
@@ -161,15 +160,3 @@ def takes_raw_pointers(*tensors: Tensor | None) -> bool:
         True where the addresses of the tensors may be handed over.
     """
     return _native_guard is not None and not _is_compiling() and _native_guard(*tensors)
-
-
-def holds_bytes(tensor: Tensor) -> bool:
-    """Whether the native library may read a tensor of bytes, beside those that `takes_raw_pointers` admits.
-
-    Args:
-        tensor: Packed codes or indices.
-
-    Returns:
-        True for plain contiguous uint8 in host memory.
-    """
-    return type(tensor) is Tensor and tensor.dtype is torch.uint8 and tensor.is_cpu and tensor.is_contiguous()

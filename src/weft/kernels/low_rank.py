@@ -9,8 +9,6 @@ from weft.kernels import dispatch
 
 __all__ = ["low_rank_apply"]
 
-# The largest batch for the native product: beyond it two calls of the vendor's product measure faster.
-_LARGEST_NATIVE_BATCH = 16
 # Bound once, as looking names up costs more than calling them.
 _native_apply = None if dispatch.native is None else dispatch.native.low_rank_apply
 _get_num_threads = torch.get_num_threads
@@ -53,7 +51,7 @@ def _apply_in_memory(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None
     # Also where shapes do not fit together: the reference then raises PyTorch's own error.
     if _native_apply is None:
         return None
-    return _native_apply(x, left, right, bias, _LARGEST_NATIVE_BATCH, _get_num_threads())
+    return _native_apply(x, left, right, bias, _get_num_threads())
 
 
 # The operation that compiled graphs hold. Its backward is made of differentiable operations.

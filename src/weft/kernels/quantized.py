@@ -412,12 +412,6 @@ def _check_codebook(
 # ------------------------------------------------------------------------------------------------------------
 # In memory
 
-# The largest batches for the native products with float vectors, for groups and codebooks or one scale per
-# row: beyond them it measures faster (AVX-512 with VNNI, 384 to 1280 inputs) to write the weights out and to
-# call the vendor's product. Those with vectors of 8 bits win at every batch.
-_LARGEST_FLOAT_BATCH, _LARGEST_WHOLE_ROW_BATCH = 12, 64
-_ANY_BATCH = 1 << 62
-
 
 def _apply_in_memory(
     x: Tensor,
@@ -433,18 +427,7 @@ def _apply_in_memory(
     """The product by native code; None where the guard forbids it or sizes do not fit together."""
     if _native_quantized is None:
         return None
-    largest = _LARGEST_WHOLE_ROW_BATCH if group == inputs else _LARGEST_FLOAT_BATCH
-    if int8:
-        largest = _ANY_BATCH
-    y = _native_quantized(
-        x, codes, scales, zeros, bias, bits, group, inputs, int8, largest, _get_num_threads()
-    )
-    if y is not None or not _holds_memory(x, codes, scales, zeros, bias):
-        return y
-    _check_quantized(x, codes, scales, zeros, bits, group, inputs, bias, "int8" if int8 else "float")
-    zeros_at = 0 if zeros is None else zeros.data_ptr()
-    weight = _written(x, codes, scales.data_ptr(), zeros_at, 0, 0, group, bits, inputs)
-    return functional.linear(_rounded(x) if int8 else x, weight, bias)
+    return _native_quantized(x, codes, scales, zeros, bias, bits, group, inputs, int8, _get_num_threads())
 
 
 def _look_up_in_memory(
@@ -453,49 +436,7 @@ def _look_up_in_memory(
     """The product by native code; None where the guard forbids it or sizes do not fit together."""
     if _native_codebook is None:
         return None
-    y = _native_codebook(x, codes, codebook, bias, bits, inputs, _LARGEST_FLOAT_BATCH, _get_num_threads())
-    if y is not None or not _holds_memory(x, codes, codebook, None, bias):
-        return y
-    _check_codebook(x, codes, codebook, bits, inputs, bias)
-    stride = 0 if codebook.shape[0] == 1 else codebook.shape[1]
-    weight = _written(x, codes, 0, 0, codebook.data_ptr(), stride, inputs, bits, inputs)
-    return functional.linear(x, weight, bias)
-
-
-def _holds_memory(
-    x: Tensor, codes: Tensor, numbers: Tensor, zeros: Tensor | None, bias: Tensor | None
-) -> bool:
-    return dispatch.takes_raw_pointers(x, numbers, zeros, bias) and dispatch.holds_bytes(codes)
-
-
-def _written(
-    x: Tensor,
-    codes: Tensor,
-    scales_at: int,
-    zeros_at: int,
-    book_at: int,
-    book_stride: int,
-    group: int,
-    bits: int,
-    inputs: int,
-) -> Tensor:
-    """The weights themselves, of arrays that passed the guard and the checks."""
-    outputs = codes.shape[0]
-    weight = x.new_empty(outputs, inputs)
-    dispatch.native.quantized_write(
-        codes.data_ptr(),
-        scales_at,
-        zeros_at,
-        book_at,
-        book_stride,
-        weight.data_ptr(),
-        inputs,
-        outputs,
-        group,
-        bits,
-        _get_num_threads(),
-    )
-    return weight
+    return _native_codebook(x, codes, codebook, bias, bits, inputs, _get_num_threads())
 
 
 # ------------------------------------------------------------------------------------------------------------
