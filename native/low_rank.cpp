@@ -17,6 +17,9 @@ constexpr std::int64_t slice = 64;
 // after their work, may have to give up a core first.
 constexpr std::int64_t worth_a_thread = 1024 * 1024;
 
+// Inputs that a thread needs so that reading all the weights by itself pays.
+constexpr std::int64_t least_inputs = 8;
+
 float *scratch(std::int64_t floats) {
     thread_local std::vector<float> memory;
     if (memory.size() < static_cast<std::size_t>(floats)) memory.resize(static_cast<std::size_t>(floats));
@@ -51,6 +54,22 @@ void low_rank_apply(const LowRankProduct &p, int threads) {
 
     const std::int64_t work = p.batch * p.rank * (p.inputs + p.outputs);
     const int parts = static_cast<int>(std::clamp<std::int64_t>(work / worth_a_thread, 1, std::max(threads, 1)));
+
+    // Many inputs are divided among the threads, which then never wait for each other; few share the rows.
+    const std::int64_t per_thread = (p.batch + parts - 1) / parts;
+    if (parts > 1 && per_thread >= least_inputs) {
+        float *all = scratch(parts * std::min(per_thread, slice) * p.rank);
+        parallel(parts, [&](int part) {
+            float *hidden = all + part * std::min(per_thread, slice) * p.rank;
+            const std::int64_t end = std::min(p.batch, (part + 1) * per_thread);
+            for (std::int64_t first = part * per_thread; first < end; first += slice) {
+                const std::int64_t batch = std::min(slice, end - first);
+                to_hidden(first, batch, {0, p.rank}, hidden);
+                to_out(first, batch, {0, p.outputs}, hidden);
+            }
+        });
+        return;
+    }
 
     float *hidden = scratch(std::min(p.batch, slice) * p.rank);
     for (std::int64_t first = 0; first < p.batch; first += slice) {
