@@ -11,6 +11,7 @@ from torch import nn
 
 from weft import compress, load, save
 from weft.cli import app, main
+from weft.plan.plan import Plan
 from weft.sources import load_model
 from weft.structures.low_rank import LowRank
 
@@ -86,6 +87,17 @@ def test_each_verb_reads_the_file_that_the_one_before_wrote(
     page = (folder / "report.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "What each family can reach" in page
+    assert "at most 30 % of the parameters, from LowRank; 1 epoch of fine-tuning" in page
+    made_by = json.loads((folder / "run.json").read_text())["command"].splitlines()
+    assert [line.split()[:2] for line in made_by] == [
+        ["weft", verb] for verb in ("survey", "plan", "compress", "finetune", "evaluate")
+    ]
+    assert made_by[0] == "weft survey models.py:network --data digits --samples 200 -o survey.json"
+    assert made_by[4] in page
+    assert weft(monkeypatch, "report run.json run.json -o both.html") == 0
+    assert "To repeat them" in (folder / "both.html").read_text()
+    assert weft(monkeypatch, "report run.json run.json --plan plan.json") == 2
+    assert "--plan must be left out with several runs" in capsys.readouterr().err
     assert "<svg" in (folder / "picture.svg").read_text()
     assert json.loads((folder / "bench.json").read_text())["rows"][0]["dense"]["median"] > 0
 
@@ -94,7 +106,8 @@ def test_one_command_walks_the_whole_path_and_the_file_alone_rebuilds_the_networ
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = "compress models.py:network --data digits --samples 200 --budget bytes=0.3 --families LowRank"
-    assert weft(monkeypatch, f"{command} --epochs 1 -o small.safetensors") == 0
+    assert weft(monkeypatch, f"{command} --epochs 1 --save-plan plan.json -o small.safetensors") == 0
+    assert Plan.load("plan.json").pareto is not None
     small = load(folder / "small.safetensors")
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert sum(parameter.numel() for parameter in small.parameters()) < 0.3 * 34_000
@@ -338,7 +351,7 @@ def test_finetune_takes_every_option_and_goes_on_where_it_was(
     assert "seed 3 there, 4 here" in capsys.readouterr().err
     assert weft(monkeypatch, "evaluate tuned.safetensors --data digits --batches 1 -o eval.json") == 0
     assert weft(monkeypatch, "report eval.json --log run.jsonl -o page.html") == 0
-    assert "Loss over 10 steps" in Path("page.html").read_text()
+    assert "10 steps: " in Path("page.html").read_text()
 
 
 @pytest.mark.parametrize(

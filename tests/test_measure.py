@@ -427,6 +427,38 @@ def test_layers_that_share_a_matrix_have_one_row() -> None:
     assert row.picture[0]["kind"] == "low_rank"
 
 
+def test_layers_are_compared_with_their_dense_twins() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Linear(20, 6))
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    small, _ = weft.compress(model, {"0": LowRank(3), "2": LowRank(2), "3": LowRank(1)})
+    plain, convolution, last = layer_rows(small, against=model)
+    for row, weight in ((plain, model[0].weight), (convolution, model[2].weight.flatten(1))):
+        expected = torch.linalg.svdvals(weight.detach())
+        rank = int(row.structure[-2])
+        assert row.singular_values is not None
+        assert row.singular_values["place"] == list(range(1, min(weight.shape) + 1))
+        assert row.singular_values["dense"] == pytest.approx(expected.tolist(), rel=1e-4)
+        assert row.singular_values["structured"][:rank] == pytest.approx(expected[:rank].tolist(), rel=1e-4)
+        assert row.singular_values["structured"][rank:] == pytest.approx(
+            [0.0] * (len(expected) - rank), abs=1e-4
+        )
+        assert row.distance == pytest.approx(float(expected[rank:].norm() / expected.norm()), rel=1e-4)
+    # Only some of many values; none without a twin of this shape, or where a training ran away.
+    wide = nn.Sequential(nn.Linear(300, 200))
+    (row,) = layer_rows(weft.compress(wide, {"0": LowRank(2)}).model, against=wide)
+    assert row.singular_values is not None
+    places = row.singular_values["place"]
+    assert (places[:5], places[-1], len(places) < 70) == ([1, 2, 3, 4, 5], 200, True)
+    without = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Conv2d(3, 4, 1))
+    assert [row.distance is None for row in layer_rows(small, against=without)] == [False, True, True]
+    with torch.no_grad():
+        next(small[3].matrix.parameters()).fill_(float("nan"))
+    assert layer_rows(small, against=model)[2].distance is None
+    assert last.distance is not None
+
+
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [

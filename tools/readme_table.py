@@ -13,7 +13,7 @@ MARK, END = "tools/readme_table.py", "<!-- end of table -->"
 
 def main() -> None:
     """Replaces what stands between the two comments."""
-    report, command = Report.load(sys.argv[1])
+    report, command, _ = Report.load(sys.argv[1])
     machine = report.environment
     lines = ["| | dense | compressed | rate |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in report.rows()]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from weft.plan.plan import Plan
 from weft.plan.sensitivity import DIVERGENCES, Sensitivity, measure_sensitivity
 from weft.plan.workers import default_workers
 from weft.report.picture import write_picture
-from weft.report.report import Report, measure
+from weft.report.report import Report, measure, write_comparison
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import FineTune, fine_tune
 from weft.schemes.iterative_pruning import IterativePruning
@@ -201,7 +202,7 @@ def survey_command(
         _without("--shards", data=data, weights=weights, fisher=fisher, times=times)
         found = survey_shards(shards, layers=layer_names)
         _print_survey(found, None, None)
-        found.save(output, shards=(str(shards), layer_names))
+        found.save(output, shards=(str(shards), layer_names), commands=[_command()])
         console.print(f"wrote {output}")
         return
     network = load_model(source, weights)
@@ -216,7 +217,7 @@ def survey_command(
         table = LatencyTable(network, found, loaded.sample_input, batch=latency_batch, cache=folder)
         advice = advise(table, found, select("all"))
     _print_survey(found, advice, None if table is None else table.dense_seconds)
-    found.save(output, source=source, weights=_text(weights))
+    found.save(output, source=source, weights=_text(weights), commands=[_command()])
     console.print(f"wrote {output}")
 
 
@@ -256,17 +257,18 @@ def plan_command(
     survey_name = _given("SURVEY", survey_file, shards)
     if shards is not None:
         network, found = _NO_NETWORK, survey_shards(shards, layers=layer_names)
-        origin = {"source": "", "weights": "", "shards": [str(shards), layer_names]}
+        origin = {"source": "", "weights": "", "shards": [str(shards), layer_names], "commands": []}
     else:
         network, found, summary = _read_survey(Path(survey_name))
-        origin = {key: summary.get(key, []) for key in ("source", "weights", "shards")}
+        origin = {key: summary.get(key, []) for key in ("source", "weights", "shards", "commands")}
     if origin["shards"]:
         _without("--shards", data=data)
     planning = _Planning(chosen, method, rules, sensitivity, samples, batch_size, processes, cache)
     planner = _Planner(network, found, _load_data(data), planning, latency_batch)
     plan = planner.plan(limits)
     _print_plan(plan, found)
-    record = {**plan.to_json(), **origin, "survey": survey_name}
+    origin["commands"] = [*origin["commands"], _command()]
+    record = {**plan.to_json(), **origin, "survey": survey_name, "asked": _asked(limits, chosen)}
     write_text(output, json.dumps(record, indent=1))
     console.print(f"wrote {output}")
 
@@ -345,6 +347,10 @@ def compress_command(
         Path | None,
         typer.Option("--checkpoint", help="With lc or iterative: a folder from which the run goes on."),
     ] = None,
+    plan_output: Annotated[
+        Path | None,
+        typer.Option("--save-plan", help="With MODEL and a budget: also write the plan, for weft report."),
+    ] = None,
     entropy_coding: EntropyCoded = False,
 ) -> None:
     """Fits every layer of a plan, or walks the whole path from a model to a smaller one."""
@@ -394,8 +400,10 @@ def compress_command(
         plan = Plan.load(model)
         network, found, _ = _read_survey(Path(record["survey"]))
         source, weights_file = record["source"], record["weights"]
+        asked, commands = record.get("asked", ""), [*record.get("commands", []), _command()]
         loaded = _load_data(data)
     else:
+        commands = [_command()]
         budget = _needed_budget(budget) if worth is None else budget
         network = load_model(model, weights)
         loaded = _load_data(data)
@@ -403,8 +411,10 @@ def compress_command(
         source, weights_file = model, _text(weights)
         if budget is None:
             plan = Plan({})
+            asked = f"what is worth its price, {price}, from {chosen}"
         else:
             limits = Budget.parse(budget)
+            asked = _asked(limits, chosen)
             rules = _constraints(keep_dense, only)
             planning = _Planning(chosen, method, rules, sensitivity, 256, batch_size, processes, cache)
             planner = _Planner(network, found, loaded, planning, latency_batch)
@@ -413,6 +423,8 @@ def compress_command(
                 plan = searched.plan
             else:
                 plan = planner.plan(limits)
+            if plan_output is not None:
+                plan.save(plan_output)
     calibration = (
         None if loaded is None else loaded.inputs("calibration", batch_size=batch_size, limit=samples)
     )
@@ -431,15 +443,18 @@ def compress_command(
         else:
             iterative = IterativePruning(training, steps=steps)
             small, log = iterative.run(network, plan, batches, calibration=calibration, **options)
-        plan, log, epochs = _plan_of(small, found), None, 0
+        plan, log = _plan_of(small, found), None
     elif searched is None:
         small, log = compress(network, plan, found, batches=calibration, sequential=sequential, **pool)
     else:
         small, log = searched.model, None
     _print_plan(plan, found, log)
-    if epochs:
+    if epochs and scheme == "direct":
         small = _tune(small, network, _needed(loaded), epochs, learning_rate, batch_size)
-    save(small, output, source=source, weights=weights_file, entropy_coding=entropy_coding)
+    asked += "" if scheme == "direct" else f"; {scheme} in {steps} steps of {_epochs(epochs or 1)}"
+    asked += f"; {_epochs(epochs)} of fine-tuning" if scheme == "direct" and epochs else ""
+    origin = {"source": source, "weights": weights_file, "asked": asked, "commands": commands}
+    save(small, output, entropy_coding=entropy_coding, **origin)
     console.print(f"wrote {output} ({output.stat().st_size:,} bytes)")
 
 
@@ -553,7 +568,10 @@ def finetune_command(
     if metrics:
         best = max(metrics) if patience else metrics[-1]
         console.print(f"accuracy on the {validation:.0%} held out: {best:.4f}", highlight=False)
-    save(tuned.eval(), output, source=source, weights=weights_file, entropy_coding=entropy_coding)
+    asked, commands = _history(file)
+    origin = {"source": source, "weights": weights_file, "commands": [*commands, _command()]}
+    asked = f"{asked or file.name}; {_epochs(epochs)} of fine-tuning"
+    save(tuned.eval(), output, entropy_coding=entropy_coding, asked=asked, **origin)
     console.print(f"wrote {output} ({output.stat().st_size:,} bytes)")
 
 
@@ -582,7 +600,8 @@ def evaluate_command(
         thread_counts=None if thread_counts is None else _numbers("--threads", thread_counts),
     )
     console.print(report.table())
-    report.save(output, command=f"weft {' '.join(sys.argv[1:])}")
+    asked, commands = _history(file)
+    report.save(output, command="\n".join([*commands, _command()]), asked=asked)
     console.print(f"wrote {output}")
 
 
@@ -679,11 +698,17 @@ def _bench_members(
     return members
 
 
-@app.command("report", epilog="Example: weft report run.json --plan plan.json --log log.jsonl -o report.html")
+@app.command(
+    "report",
+    epilog="Examples: weft report run.json --plan plan.json --log log.jsonl -o report.html    "
+    "weft report quarter.json tenth.json -o compared.html",
+)
 def report_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="What weft evaluate wrote.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="What weft evaluate wrote; several are compared.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
-    title: Annotated[str, typer.Option("--title", help="The page's title.")] = "weft report",
+    title: Annotated[str | None, typer.Option("--title", help="The page's title.")] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="The plan, whose curves of all families are drawn.")
     ] = None,
@@ -691,17 +716,27 @@ def report_command(
         Path | None, typer.Option("--log", help="A training's log, for its curves: what --log wrote.")
     ] = None,
 ) -> None:
-    """Turns a measurement into one self-contained page."""
-    report, command = Report.load(run)
-    curves = None if plan is None else Plan.load(plan).pareto
-    if plan is not None and curves is None:
+    """Turns a measurement, or several side by side, into one self-contained page."""
+    if len(runs) > 1:
+        for name, value in (("--plan", plan), ("--log", log)):
+            if value is not None:
+                remedy = "write a page of its own for that run"
+                raise ValueError(checks.fault(name, "left out with several runs", value, remedy))
+        write_comparison(runs, output, title=title or "weft: runs compared")
+        console.print(f"wrote {output}")
+        return
+    report, command, asked = Report.load(runs[0])
+    planned = None if plan is None else Plan.load(plan)
+    if planned is not None and planned.pareto is None:
         remedy = "pass a plan that weft plan wrote"
         raise ValueError(checks.fault("--plan", "a plan with curves", plan, remedy))
     report.write_html(
         output,
-        title=title,
+        title=title or "weft report",
         command=command,
-        pareto=None if curves is None else curves.to_json(),
+        asked=asked,
+        pareto=None if planned is None or planned.pareto is None else planned.pareto.to_json(),
+        others=None if planned is None else planned.others,
         log=[] if log is None else read_log(log),
     )
     console.print(report.table())
@@ -781,6 +816,25 @@ def demo_command(
 
 _PLANNED = "write it with weft plan"
 _NO_NETWORK = nn.Identity()  # a checkpoint comes without one; what would need it is refused
+
+
+def _command() -> str:
+    """What was typed."""
+    return shlex.join(["weft", *sys.argv[1:]])
+
+
+def _history(file: Path) -> tuple[str, list[str]]:
+    """What a network's file says it was asked for, and the commands that made it."""
+    metadata = read_metadata(file)
+    return metadata.get("asked", ""), json.loads(metadata.get("commands", "[]"))
+
+
+def _asked(limits: Budget, families: str) -> str:
+    return f"{limits.in_words()}, from {'all families' if families == 'all' else families.replace(',', ', ')}"
+
+
+def _epochs(count: int) -> str:
+    return "1 epoch" if count == 1 else f"{count} epochs"
 
 
 def _given(argument: str, value: object, shards: Path | None) -> str:

@@ -80,14 +80,16 @@ def demonstrate(
     report = measure(small, against=dense, data=held_out, shown=shown)
     path = save(small, out / "small.safetensors", source=source, weights=str(out / "dense.safetensors"))
     command = f"weft demo --out {out}"
-    report.save(out / "run.json", command=command)
+    asked = f"at most 25 % of the parameters, from {FAMILIES}; three epochs of fine-tuning"
+    report.save(out / "run.json", command=command, asked=asked)
     report.write_html(
         out / "report.html",
         title="weft demo: scikit-learn's digits",
         command=command,
-        asked=f"a quarter of the parameters, families: {FAMILIES}, three epochs of fine-tuning",
+        asked=asked,
         log=[*fits, *steps],
         pareto=None if plan.pareto is None else plan.pareto.to_json(),
+        others=plan.others,
     )
 
     again = load(path)

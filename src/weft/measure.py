@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from weft import checks
 from weft.kernels import route
 from weft.layers.base import StructuredLayer
-from weft.layers.replace import geometry_of_layer, looks_up
+from weft.layers.replace import dense_weight, geometry_of_layer, looks_up
 from weft.numerics.entropy_coding import entropy_bound
+from weft.numerics.svd import singular_values_by_gram
 from weft.progress import track
 from weft.storage import structured_layers
 from weft.structures.base import Cost
@@ -815,6 +816,9 @@ class LayerRow:
         picture: its blocks as JSON-ready rectangles.
         only_storage_shrinks: whether it takes the dense layer's multiply-adds or more, as a convolution that
             runs by its dense kernel does.
+        distance: ‖W − Ŵ‖ / ‖W‖ in the Frobenius norm, W the dense weight; None where it is not at hand.
+        singular_values: some of both matrices' singular values: "place" (from 1), "dense", "structured"; None
+            where the dense weight is not at hand or has more than 2,048 rows and columns.
     """
 
     name: str
@@ -824,6 +828,8 @@ class LayerRow:
     cost: Cost
     picture: list[dict[str, Any]]
     only_storage_shrinks: bool = False
+    distance: float | None = None
+    singular_values: dict[str, list[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -868,17 +874,21 @@ class Measurement:
         return asdict(self)
 
 
-def layer_rows(model: nn.Module) -> list[LayerRow]:
+def layer_rows(
+    model: nn.Module, *, against: nn.Module | None = None, shown: bool | None = None
+) -> list[LayerRow]:
     """Describes every structured layer of a network; layers that share a matrix once.
 
     Args:
         model: the compressed network.
+        against: the dense one, for distances and singular values.
+        shown: whether to draw a progress bar; where None, only on a terminal.
 
     Returns:
         One row per matrix.
     """
     rows = []
-    for name in structured_layers(model):
+    for name in track(structured_layers(model), "describing layers", shown=shown):
         module: Any = model.get_submodule(name)
         matrix = module.matrix
         count = math.prod(matrix.shape)
@@ -888,5 +898,43 @@ def layer_rows(model: nn.Module) -> list[LayerRow]:
         geometry = geometry_of_layer(module)
         cost = matrix.cost(geometry)  # without an input size: per output position
         only_storage = matrix.only_storage_shrinks(geometry)
-        rows.append(LayerRow(name, str(matrix.structure), matrix.shape, dense, cost, picture, only_storage))
+        beside = None if against is None else _dense_twin(against, name, matrix.shape)
+        compared = {} if beside is None else _compared(beside, matrix.to_dense())
+        rows.append(
+            LayerRow(
+                name, str(matrix.structure), matrix.shape, dense, cost, picture, only_storage, **compared
+            )
+        )
     return rows
+
+
+# A matrix with more rows and columns takes longer than its singular values are worth on a page.
+_MOST_SINGULAR_VALUES = 2048
+# How many of them are kept, the first ones densest.
+_SHOWN_VALUES = 60
+
+
+def _dense_twin(dense: nn.Module, name: str, shape: Sequence[int]) -> Tensor | None:
+    """The weight of the dense network's layer of this name; None where it has none of this shape."""
+    try:
+        weight = dense_weight(dense.get_submodule(name))
+    except AttributeError:
+        return None
+    return None if weight is None or tuple(weight.shape) != tuple(shape) else weight
+
+
+def _compared(weight: Tensor, structured: Tensor) -> dict[str, Any]:
+    """A layer's distance and singular values, as `LayerRow` has them."""
+    pair = [matrix.detach().cpu().flatten(1) for matrix in (weight, structured)]
+    norm = float(torch.linalg.vector_norm(pair[0], dtype=torch.float64))
+    apart = float(torch.linalg.vector_norm(pair[0] - pair[1].to(pair[0]), dtype=torch.float64))
+    if not math.isfinite(apart):  # a training that ran away is still worth a report
+        return {}
+    found: dict[str, Any] = {"distance": apart / norm if norm else None}
+    if 1 < min(pair[0].shape) <= _MOST_SINGULAR_VALUES:
+        count = min(pair[0].shape)
+        places = sorted({round(count ** (step / _SHOWN_VALUES)) for step in range(_SHOWN_VALUES + 1)})
+        kept = torch.tensor(places) - 1
+        curves = [singular_values_by_gram(matrix.float())[kept].tolist() for matrix in pair]
+        found["singular_values"] = {"place": places, "dense": curves[0], "structured": curves[1]}
+    return found

@@ -162,6 +162,8 @@ def save(
     source: str = "",
     weights: str = "",
     entropy_coding: bool | str = False,
+    asked: str = "",
+    commands: Sequence[str] = (),
 ) -> Path:
     """Writes a network into one safetensors file, beside its place and then renamed.
 
@@ -176,6 +178,8 @@ def save(
         entropy_coding: whether every tensor is stored in as few bits as its symbols' frequencies allow, bit
             for bit the same when loaded: True or "range" needs the extra weft[entropy], here and where it is
             loaded; "huffman" needs nothing and takes a percent or two more.
+        asked: what was asked for, such as the budget; recorded for the report.
+        commands: the commands that made the file, likewise.
 
     Returns:
         The path.
@@ -196,7 +200,10 @@ def save(
     plan = {
         first: plan_entry(names, _matrix(model, first)) for first, names in structured_layers(model).items()
     }
-    return write_network(path, tensors, plan, aliases=aliases, source=source, weights=weights, coder=coder)
+    more = {"asked": asked, "commands": json.dumps(list(commands))} if asked or commands else {}
+    return write_network(
+        path, tensors, plan, aliases=aliases, source=source, weights=weights, coder=coder, more=more
+    )
 
 
 def plan_entry(names: Sequence[str], matrix: StructuredMatrix) -> dict[str, Any]:

@@ -191,6 +191,7 @@ class Survey:
         source: str = "",
         weights: str = "",
         shards: Sequence[str] = (),
+        commands: Sequence[str] = (),
     ) -> Path:
         """Writes the summary as JSON, and the second moments beside it as safetensors.
 
@@ -200,6 +201,7 @@ class Survey:
             weights: the file of its weights, likewise.
             shards: in the place of both a checkpoint's folder and its layers' names, as `survey_shards` takes
                 them.
+            commands: what made it, recorded for the report.
 
         Returns:
             The JSON file's path.
@@ -225,7 +227,7 @@ class Survey:
                     tensors[f"{name}|{role}|vector"] = mean.contiguous()
         if tensors:
             write_beside(target.with_suffix(".safetensors"), lambda beside: save_file(tensors, beside))
-        origin = {"source": source, "weights": weights, "shards": list(shards)}
+        origin = {"source": source, "weights": weights, "shards": list(shards), "commands": list(commands)}
         summary = {**self.to_json(), **origin, "moments": bool(tensors)}
         return write_text(target, json.dumps(summary, indent=1))
 

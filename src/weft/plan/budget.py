@@ -73,6 +73,32 @@ class Budget:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
+    def in_words(self) -> str:
+        """What the budget asks for.
+
+        Returns:
+            The limits in words.
+
+        Examples:
+            >>> Budget(bytes=0.25, latency_seconds=0.002).in_words()
+            'at most 25 % of the bytes, at most 0.002 s per call'
+            >>> Budget(parameters=1_000_000, keep=0.99).in_words()
+            'at most 1,000,000 parameters, at least 99 % of the metric'
+        """
+        parts = []
+        for name, limit in self.given().items():
+            what = {"latency": "time per call"}.get(name, name.replace("_", " ").replace("y adds", "y-adds"))
+            if name == "keep":
+                parts.append(f"at least {100 * limit:g} % of the metric")
+            elif name == "latency_seconds":
+                parts.append(f"at most {limit:g} s per call")
+            elif isinstance(limit, float):
+                parts.append(f"at most {100 * limit:g} % of the {what}")
+            else:
+                unit = "bytes of peak memory" if name == "peak_memory" else what
+                parts.append(f"at most {limit:,} {unit}")
+        return ", ".join(parts)
+
     def limits(
         self, dense: Cost, dense_seconds: float | None = None, dense_memory: int | None = None
     ) -> dict[str, float]:

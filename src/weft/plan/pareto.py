@@ -5,7 +5,7 @@ choices run along the lower convex hull of what the network can be (Everett 1963
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,28 @@ COSTS = ("parameters", "bytes", "multiply_adds")
 
 # A curve is shown by so many points.
 _MOST_POINTS = 60
+# And a layer's curve of one family by so many.
+_MOST_LAYER_POINTS = 16
+# At which relative error sensitivities are compared: small, where layers act alone.
+_SMALL_ERROR = 0.1
+
+
+@dataclass(frozen=True)
+class LayerCurves:
+    """What the planner knew of one layer.
+
+    Attributes:
+        dense: what the dense layer costs.
+        sensitivity: what a squared relative error costs the network, in the unit of the predicted loss, where
+            errors are small.
+        loss: what the chosen structure's error costs it.
+        curves: by family: (cost, relative error, structure as text), cheapest first.
+    """
+
+    dense: int
+    sensitivity: float
+    loss: float
+    curves: dict[str, tuple[tuple[int, float, str], ...]]
 
 
 @dataclass(frozen=True)
@@ -32,12 +54,14 @@ class Pareto:
         dense: what the dense network costs.
         curves: by family, and for all together under "all": (cost, loss), cheapest first.
         chosen: cost and predicted loss of the plan.
+        layers: the layers' own curves, by name.
     """
 
     cost: str
     dense: int
     curves: dict[str, tuple[tuple[int, float], ...]]
     chosen: tuple[int, float]
+    layers: dict[str, LayerCurves] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The curves as JSON-ready data.
@@ -66,7 +90,21 @@ class Pareto:
                 for name, points in data["curves"].items()
             }
             cost, loss = data["chosen"]
-            return cls(str(data["cost"]), int(data["dense"]), curves, (int(cost), float(loss)))
+            layers = {
+                str(name): LayerCurves(
+                    int(entry["dense"]),
+                    float(entry["sensitivity"]),
+                    float(entry["loss"]),
+                    {
+                        str(family): tuple(
+                            (int(cost), float(error), str(text)) for cost, error, text in points
+                        )
+                        for family, points in entry["curves"].items()
+                    },
+                )
+                for name, entry in data.get("layers", {}).items()
+            }
+            return cls(str(data["cost"]), int(data["dense"]), curves, (int(cost), float(loss)), layers)
         except (KeyError, TypeError, AttributeError) as error:
             remedy = "plan again, or leave it out"
             raise ValueError(checks.fault("pareto", "complete", repr(error), remedy)) from error
@@ -118,10 +156,44 @@ def pareto(
             for points in layers.values()
         ]
         found[family] = tuple((rest + amount, loss) for amount, loss in _hull_of_sum(own))
-    now = [chosen.get(name, Candidate(Dense(), survey.layers[name].cost, 0.0)) for name in curves]
-    total = rest + sum(getattr(point.cost, cost) for point in now)
-    lost = sum(sensitivity.loss(name, point.error) for name, point in zip(curves, now, strict=True))
-    return Pareto(cost, getattr(survey.total, cost), found, (int(total), float(lost)))
+    now = {name: chosen.get(name, Candidate(Dense(), survey.layers[name].cost, 0.0)) for name in curves}
+    known = {
+        name: LayerCurves(
+            getattr(survey.layers[name].cost, cost),
+            sensitivity.loss(name, _SMALL_ERROR) / _SMALL_ERROR**2,
+            sensitivity.loss(name, now[name].error),
+            _by_family(curve, cost, now[name]),
+        )
+        for name, curve in curves.items()
+    }
+    total = rest + sum(getattr(point.cost, cost) for point in now.values())
+    lost = sum(layer.loss for layer in known.values())
+    return Pareto(cost, getattr(survey.total, cost), found, (int(total), float(lost)), known)
+
+
+def _by_family(
+    curve: Sequence[Candidate], cost: str, chosen: Candidate
+) -> dict[str, tuple[tuple[int, float, str], ...]]:
+    """A layer's candidates by family, cheapest first: those undominated in one cost, and what was chosen."""
+    points: dict[str, list[tuple[int, float, str]]] = {}
+    for point in sorted(curve, key=lambda point: (getattr(point.cost, cost), point.error)):
+        if isinstance(point.structure, Dense):
+            continue
+        own = points.setdefault(type(point.structure).__name__, [])
+        if not own or point.error < own[-1][1] or point.structure == chosen.structure:
+            own.append((int(getattr(point.cost, cost)), float(point.error), str(point.structure)))
+    return {family: _few(own, str(chosen.structure)) for family, own in sorted(points.items())}
+
+
+def _few(points: Sequence[tuple[int, float, str]], kept: str) -> tuple[tuple[int, float, str], ...]:
+    """Points at about equal ratios of their costs, the first, the last and the kept structure among them."""
+    if len(points) <= _MOST_LAYER_POINTS:
+        return tuple(points)
+    logs = np.log([max(cost, 1) for cost, _, _ in points])
+    wanted = np.linspace(logs[0], logs[-1], _MOST_LAYER_POINTS)
+    picked = {int(np.abs(logs - value).argmin()) for value in wanted} | {0, len(points) - 1}
+    picked |= {index for index, point in enumerate(points) if point[2] == kept}
+    return tuple(points[index] for index in sorted(picked))
 
 
 def _hull_of_sum(layers: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[int, float]]:

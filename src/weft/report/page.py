@@ -1,18 +1,19 @@
-"""The page: one self-contained HTML file, rendered from a measurement's JSON.
+"""The pages: one self-contained HTML file for a run, or for several side by side, from measurements' JSON.
 
-What is shown is computed here and drawn by the templates, one per section: `templates/page.html` includes
-them in their order, together with the style sheet and the script. Nothing on the page comes from elsewhere,
-which its content security policy enforces.
+What is shown is computed here and in `charts`, and laid out by the templates: `page.html` includes one per
+section, `base.html` the style sheet, the script and the charts' library. Nothing on a page comes from
+elsewhere, which its content security policy enforces.
 """
 
 import importlib.metadata
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 
+from weft import checks
+from weft.report import charts
 from weft.report.picture import KINDS, describe, draw_svg
 from weft.structures.base import Rectangle, matrix_shape
 
@@ -23,12 +24,8 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-# Of the plan's curves: losses below this share of the largest are not drawn; labelled shares; colours.
-_LEAST_LOSS = 1e-5
-_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-_COLOURS = 8
-_POINTS = 400  # of a training curve; more steps are averaged in groups
-_LOG_SCALE_FROM = 30.0  # the ratio of largest and smallest loss
+# In which a layer's cost is told.
+_COSTS = ("parameters", "bytes", "multiply_adds")
 
 
 def render_page(
@@ -40,39 +37,65 @@ def render_page(
     asked: str = "",
     log: Iterable[Mapping[str, Any]] = (),
     pareto: Mapping[str, Any] | None = None,
+    others: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
-    """Renders the page.
+    """Renders the page of one run.
 
     Args:
         measurement: as `Measurement.to_json` gives it.
         rows: the table's rows: what, dense, compressed, rate.
         title: the page's title.
-        command: the command that repeats the run.
+        command: the commands that repeat the run, one a line.
         asked: what was asked for, such as the budget and the families.
         log: entries of the runs' logs, in their order: those of `weft.compress` bring the layers' errors,
             those of a training its curves; others are passed over.
         pareto: the plan's curves of cost and predicted loss, as a plan's JSON has them.
+        others: why a layer's other families were not chosen, by layer and family.
 
     Returns:
         HTML that needs nothing from elsewhere; all names are escaped.
     """
     log = list(log)
-    layers = _layers(measurement["layers"], log)
-    return _ENVIRONMENT.get_template("page.html").render(
+    drawn: dict[str, charts.Chart] = {}
+    layers = _layers(measurement["layers"], log, pareto, others or {}, drawn)
+    whole = None if pareto is None else charts.pareto_chart(pareto)
+    if whole is not None:
+        drawn["pareto"] = whole
+    if layers:
+        drawn["costs"] = charts.cost_chart([
+            {"name": layer["name"], "structure": layer["structure"], **layer["bytes"]} for layer in layers
+        ])
+    if measurement["latencies"]:
+        drawn["latencies"] = charts.latency_chart(measurement["latencies"])
+    training = charts.training_charts(log)
+    for number, curve in enumerate(training):
+        drawn[f"training-{number}"] = curve["chart"]
+    return _render(
+        "page.html",
+        drawn,
         title=title,
         asked=asked,
         command=command,
-        version=importlib.metadata.version("weft"),
         figures=_figures(measurement),
         rows=rows,
-        latencies=[_latency(entry) for entry in measurement["latencies"]],
+        verdicts=[(_pair_name(entry), _verdict(entry)) for entry in measurement["latencies"]],
         layers=layers,
-        errors_known=any(layer["error"] is not None for layer in layers),
+        columns=_columns(layers, pareto),
+        families=sorted({layer["family"] for layer in layers}),
         convolutions=any(len(entry["shape"]) > 2 for entry in measurement["layers"]),
         legend=_legend(measurement["layers"]),
-        pareto=None if pareto is None else _pareto(pareto),
-        training=_training(log),
+        pareto=None if whole is None or pareto is None else _chosen(pareto),
+        training=training,
         environment=measurement["environment"],
+    )
+
+
+def _render(template: str, drawn: Mapping[str, charts.Chart], **values: Any) -> str:
+    return _ENVIRONMENT.get_template(template).render(
+        version=importlib.metadata.version("weft"),
+        charts=drawn,
+        library=charts.library() if drawn else "",
+        **values,
     )
 
 
@@ -98,13 +121,16 @@ def _figures(measurement: Mapping[str, Any]) -> list[dict[str, str]]:
             figures.append(_figure(name, share, f"{_bytes(now[key])}; dense {_bytes(was['stored'])} stored"))
     for entry in measurement["latencies"]:
         ratio = entry["compressed"]["median"] / entry["dense"]["median"]
-        name = f"time, batch {entry['batch']}, {_threads(entry['threads'])}"
-        figures.append(_figure(name, f"{100 * ratio:.0f} %", _verdict(entry)))
+        figures.append(_figure(f"time, {_pair_name(entry)}", f"{100 * ratio:.0f} %", _verdict(entry)))
     return figures
 
 
 def _figure(name: str, value: str, note: str) -> dict[str, str]:
     return {"name": name, "value": value, "note": note}
+
+
+def _pair_name(entry: Mapping[str, Any]) -> str:
+    return f"batch {entry['batch']}, {charts.threads(entry['threads'])}"
 
 
 def _verdict(entry: Mapping[str, Any]) -> str:
@@ -122,69 +148,94 @@ def _inside(median: float, other: Mapping[str, float]) -> bool:
     return other["low"] <= median <= other["high"]
 
 
-# -- latencies
-
-
-def _latency(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One pair of bars, in per cent of its own scale."""
-    end = 1.04 * max(entry[name]["high"] for name in ("dense", "compressed"))
-    bars = []
-    for name in ("dense", "compressed"):
-        timing = entry[name]
-        unit, factor = _unit(entry["dense"]["median"])
-        low, median, high = (timing[key] * factor for key in ("low", "median", "high"))
-        bars.append({
-            "name": name,
-            "median": f"{median:.3g} {unit}",
-            "spread": f"{low:.3g} to {high:.3g}",
-            "calls": timing["calls"],
-            **{key: round(100 * timing[key] / end, 2) for key in ("low", "high")},
-            "length": round(100 * timing["median"] / end, 2),
-        })
-    return {
-        "name": f"Batch {entry['batch']}, {_threads(entry['threads'])}",
-        "verdict": _verdict(entry),
-        "bars": bars,
-    }
-
-
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
-
-
-def _unit(seconds: float) -> tuple[str, float]:
-    return ("µs", 1e6) if seconds < 1e-3 else ("ms", 1e3) if seconds < 1 else ("s", 1.0)
-
-
 # -- layers
 
 
-def _layers(entries: Iterable[Mapping[str, Any]], log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _layers(
+    entries: Sequence[Mapping[str, Any]],
+    log: Iterable[Mapping[str, Any]],
+    pareto: Mapping[str, Any] | None,
+    others: Mapping[str, Mapping[str, str]],
+    drawn: dict[str, charts.Chart],
+) -> list[dict[str, Any]]:
+    """The table's layers; their charts are added to those drawn."""
     errors = {entry["layer"]: entry["error"] for entry in log if "layer" in entry and "error" in entry}
+    planned: Mapping[str, Any] = {} if pareto is None else pareto.get("layers", {})
+    lost = sum(layer["loss"] for layer in planned.values())
     layers = []
-    for entry in entries:
+    for number, entry in enumerate(entries):
         picture = [Rectangle(**block) for block in entry["picture"]]
-        dense, cost = entry["dense"], entry["cost"]
+        dense, cost, name = entry["dense"], entry["cost"], entry["name"]
+        family, _, size = entry["structure"].partition("(")
+        plan = planned.get(name)
+        own: list[tuple[str, str]] = []
+        values = entry.get("singular_values")
+        chart = None if values is None else charts.singular_value_chart(values)
+        if chart is not None:
+            drawn[f"values-{number}"] = chart
+            own.append((f"values-{number}", "Singular values of the weight before and after."))
+        if plan is not None and pareto is not None:
+            chart = charts.layer_error_chart(plan, pareto["cost"], entry["structure"])
+            if chart is not None:
+                drawn[f"errors-{number}"] = chart
+                own.append((
+                    f"errors-{number}",
+                    "What each family could reach in this layer when it was planned.",
+                ))
+        error = errors.get(name)
+        if error is None and plan is not None:
+            error = _planned_error(plan, entry["structure"])
         layers.append({
-            "name": entry["name"] or "(the network itself)",
+            "name": name or "(the network itself)",
             "structure": entry["structure"],
+            "family": family,
+            "size": size.removesuffix(")"),
             "note": "only storage shrinks" if entry.get("only_storage_shrinks") else "",
             "shape": " × ".join(map(str, entry["shape"])),
-            "entries": math.prod(entry["shape"]),
+            "bytes": {"dense": dense["bytes"], "now": cost["bytes"]},
             "costs": [
                 {
-                    "dense": write(dense[key]),
-                    "now": write(cost[key]),
+                    "now": _bytes(cost[key]) if key == "bytes" else _compact(cost[key]),
+                    "exact": f"{dense[key]:,} → {cost[key]:,}",
                     "value": cost[key],
                     "share": f"{100 * cost[key] / dense[key]:.1f} %" if dense[key] else "",
                 }
-                for key, write in (("parameters", _whole), ("bytes", _bytes), ("multiply_adds", _whole))
+                for key in _COSTS
             ],
-            "error": entry.get("error", errors.get(entry["name"])),
+            "error": error,
+            "distance": entry.get("distance"),
+            "sensitivity": None if plan is None else plan["sensitivity"],
+            "loss": None if plan is None or not lost else plan["loss"] / lost,
+            "others": list(others.get(name, {}).items()),
             "svg": draw_svg(picture, *matrix_shape(entry["shape"])),
             "description": describe(picture),
+            "charts": own,
         })
     return layers
+
+
+def _planned_error(plan: Mapping[str, Any], structure: str) -> float | None:
+    """The error that a plan gives a structure, where its thinned curves have it."""
+    points = (point for curve in plan["curves"].values() for point in curve)
+    return next((error for _, error, text in points if text == structure), None)
+
+
+def _columns(layers: Sequence[Mapping[str, Any]], pareto: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """The columns behind the costs that have something to tell: key, heading, explanation, format."""
+    columns = [
+        (
+            "error",
+            "fit error",
+            "the relative error of the fit, in the norm that it minimised, before training",
+            ".4f",
+        ),
+        ("distance", "distance", "‖W − Ŵ‖ / ‖W‖ now, in the plain Frobenius norm, training included", ".4f"),
+        ("sensitivity", "sensitivity", "predicted loss of the network per squared relative error", ".3g"),
+        ("loss", "share of loss", "of the network's predicted loss", ".1%"),
+    ]
+    kept = [column for column in columns if any(layer[column[0]] is not None for layer in layers)]
+    names = ("key", "heading", "help", "format")
+    return [dict(zip(names, column, strict=True)) for column in kept]
 
 
 def _legend(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -193,8 +244,17 @@ def _legend(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [(kind, look.name) for kind, look in KINDS.items() if kind in kinds]
 
 
-def _whole(number: int) -> str:
-    return f"{number:,}"
+def _chosen(pareto: Mapping[str, Any]) -> dict[str, str]:
+    share, cost = pareto["chosen"][0] / pareto["dense"], charts.words(pareto["cost"])
+    return {"cost": cost, "chosen": f"{100 * share:.1f} % of the {cost}" if pareto["chosen"][1] > 0 else ""}
+
+
+def _format(value: float | None, spec: str) -> str:
+    """A number for a cell, nothing where there is none."""
+    return "" if value is None else format(value, spec)
+
+
+_ENVIRONMENT.filters["number"] = _format
 
 
 def _bytes(number: int) -> str:
@@ -223,138 +283,136 @@ def _compact(number: int) -> str:
     return f"{value:.3g} {' kMGTP'[power]}"
 
 
-# -- the plan's curves
+# -- several runs
 
 
-def _pareto(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Curves in per cent of the plot's width and height, y downwards; None where there is nothing to draw.
-
-    Both scales are logarithmic. A loss of zero has no place there: the dense network is left out.
+def render_comparison(runs: Sequence[Mapping[str, Any]], *, title: str) -> str:
+    """Renders the page of several runs side by side.
 
     Args:
-        data: as a plan's JSON has it.
+        runs: "name", "measurement" as `Measurement.to_json` gives it, "command" and "asked".
+        title: the page's title.
 
     Returns:
-        Lines, ticks and the plan's point.
+        HTML that needs nothing from elsewhere; all names are escaped.
+
+    Raises:
+        ValueError: there are fewer than two runs, or they were measured by different metrics.
     """
-    dense = data["dense"]
-    curves = {
-        name: [(cost / dense, loss) for cost, loss in points if loss > 0 and cost > 0]
-        for name, points in data["curves"].items()
+    if len(runs) < 2:
+        raise ValueError(checks.fault("runs", "at least 2 to compare", len(runs), "use render_page for one"))
+    metrics = sorted({run["measurement"]["metric"] for run in runs})
+    if len(metrics) > 1:
+        remedy = "compare runs that were measured alike"
+        raise ValueError(checks.fault("runs", "of one metric", ", ".join(metrics), remedy))
+    drawn = {
+        "runs": charts.runs_chart(
+            [
+                {
+                    "name": run["name"],
+                    "value": run["measurement"]["value"],
+                    "dense_value": run["measurement"]["dense_value"],
+                    "shares": _shares(run["measurement"]),
+                }
+                for run in runs
+            ],
+            metrics[0],
+        )
     }
-    curves = {name: points for name, points in curves.items() if points}
-    if not curves:
-        return None
-    chosen = (data["chosen"][0] / dense, data["chosen"][1])
-    everything = [point for points in curves.values() for point in points]
-    if chosen[1] > 0:
-        everything.append(chosen)
-    high = max(loss for _, loss in everything)
-    low = max(min(loss for _, loss in everything), high * _LEAST_LOSS)
-    left, right = min(cost for cost, _ in everything), max(max(cost for cost, _ in everything), 1.0)
-
-    def place(cost: float, loss: float) -> tuple[float, float]:
-        across = math.log(cost / left) / math.log(right / left) if right > left else 0.5
-        down = math.log(high / max(loss, low)) / math.log(high / low) if high > low else 0.5
-        return round(100 * across, 2), round(100 * down, 2)
-
-    lines = []
-    # That of all families comes last, above the others.
-    for index, name in enumerate(sorted(curves, key=lambda name: (name == "all", name))):
-        points = [place(*point) for point in curves[name] if point[1] >= low]
-        lines.append({
-            "name": "all families together" if name == "all" else name,
-            "kind": "all" if name == "all" else f"family{index % _COLOURS}",
-            "points": " ".join(f"{x},{y}" for x, y in points),
-        })
-    return {
-        "cost": data["cost"].replace("_", "-"),
-        "lines": lines,
-        "chosen": place(*chosen) if chosen[1] > 0 else None,
-        "chosen_text": f"{100 * chosen[0]:.1f} % of the {data['cost'].replace('_', '-')}",
-        "ticks": [(place(left, loss)[1], f"{loss:.3g}") for loss in _ticks(low, high, logarithmic=True)],
-        "shares": [
-            (place(share, high)[0], f"{100 * share:g} %")
-            for share in _SHARES
-            if left * 0.999 <= share <= right * 1.001
+    return _render(
+        "comparison.html",
+        drawn,
+        title=title,
+        runs=[
+            {
+                "name": run["name"],
+                "asked": run["asked"],
+                "command": run["command"],
+                "environment": run["measurement"]["environment"],
+            }
+            for run in runs
         ],
+        rows=_run_rows([run["measurement"] for run in runs], metrics[0]),
+        layers=_layers_beside([run["measurement"] for run in runs]),
+        same_dense=len({run["measurement"]["dense_value"] for run in runs}) == 1,
+    )
+
+
+def _shares(measurement: Mapping[str, Any]) -> dict[str, float | None]:
+    dense, cost = measurement["dense_cost"], measurement["cost"]
+    shares = {
+        key: cost[key] / dense[key] if dense[key] else None
+        for key in ("bytes", "parameters", "multiply_adds")
     }
+    for entry in measurement["latencies"]:
+        shares[f"time, {_pair_name(entry)}"] = entry["compressed"]["median"] / entry["dense"]["median"]
+    return shares
 
 
-# -- training
+def _run_rows(measurements: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """The table of runs: every quantity that one of them has; the best of a row is marked."""
+    values = [measurement["value"] for measurement in measurements]
+    rows = [
+        {
+            "name": metric,
+            "cells": [
+                {"text": f"{entry['value']:.4f}", "note": f"{entry['value'] - entry['dense_value']:+.4f}"}
+                for entry in measurements
+            ],
+            "best": _best(values, max),
+        }
+    ]
+    shares = [_shares(measurement) for measurement in measurements]
+    for name in dict.fromkeys(name for own in shares for name in own):
+        own = [share.get(name) for share in shares]
+        if any(share is not None for share in own):
+            rows.append({
+                "name": charts.words(name),
+                "cells": [
+                    {"text": "-" if share is None else f"{100 * share:.1f} %", "note": _absolute(entry, name)}
+                    for share, entry in zip(own, measurements, strict=True)
+                ],
+                "best": _best([math.inf if share is None else share for share in own], min),
+            })
+    return rows
 
 
-def _training(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The curves of a training: its loss, its metric where it was validated, its size where that changes."""
-    steps = [entry for entry in log if "layer" not in entry]
-    curves = []
-    for name, key in (("Loss", "loss"), ("Metric", "metric"), ("Size in bytes", "size")):
-        values = [entry[key] for entry in steps if key in entry and math.isfinite(entry[key])]
-        if key == "size" and len(set(values)) < 2:
-            continue
-        curve = _curve(values)
-        if curve is not None:
-            unit = "epochs" if key == "metric" else "steps"
-            curves.append({"name": name, "unit": unit, **curve})
-    return curves
+def _absolute(measurement: Mapping[str, Any], name: str) -> str:
+    if name in measurement["cost"]:
+        number = measurement["cost"][name]
+        return _bytes(number) if name == "bytes" else _compact(number)
+    pairs = {f"time, {_pair_name(entry)}": entry for entry in measurement["latencies"]}
+    return charts.duration(pairs[name]["compressed"]["median"]) if name in pairs else ""
 
 
-def _curve(values: Sequence[float]) -> dict[str, Any] | None:
-    """The curve in per cent of the plot's width and height, y downwards; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    group = math.ceil(len(values) / _POINTS)
-    groups = [values[start : start + group] for start in range(0, len(values), group)]
-    low, high = min(values), max(values)
-    logarithmic = low > 0 and high / low > _LOG_SCALE_FROM
-
-    def height(value: float) -> float:
-        if high <= low:
-            return 50.0
-        if logarithmic:
-            return round(100 * math.log(high / value) / math.log(high / low), 2)
-        return round(100 * (high - value) / (high - low), 2)
-
-    across = [round(100 * index / (len(groups) - 1), 2) for index in range(len(groups))]
-    upper = [f"{x},{height(max(part))}" for x, part in zip(across, groups, strict=True)]
-    lower = [f"{x},{height(min(part))}" for x, part in zip(across, groups, strict=True)]
-    middle = [f"{x},{height(statistics.fmean(part))}" for x, part in zip(across, groups, strict=True)]
-    return {
-        "steps": len(values),
-        "group": group,
-        "logarithmic": logarithmic,
-        "line": " ".join(middle),
-        "band": " ".join([*upper, *reversed(lower)]) if group > 1 else "",
-        "ticks": [(height(value), f"{value:.3g}") for value in _ticks(low, high, logarithmic=logarithmic)],
-        "first": f"{values[0]:.4g}",
-        "last": f"{statistics.fmean(values[-max(1, len(values) // 20) :]):.4g}",
-    }
+def _best(values: Sequence[float], choose: Any) -> list[bool]:
+    """Which are the best; none where all are alike."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite or len(set(values)) < 2:
+        return [False] * len(values)
+    return [value == choose(finite) for value in values]
 
 
-def _ticks(low: float, high: float, *, logarithmic: bool) -> list[float]:
-    """Round values within a range.
-
-    Args:
-        low: its lower end.
-        high: its upper end.
-        logarithmic: whether to give powers of ten.
-
-    Returns:
-        Up to six values, or the powers of ten in the range.
-
-    Examples:
-        >>> _ticks(0.13, 0.71, logarithmic=False)
-        [0.2, 0.4, 0.6]
-        >>> _ticks(0.02, 30.0, logarithmic=True)
-        [0.1, 1.0, 10.0]
-    """
-    if high <= low:
-        return [low]
-    if logarithmic:
-        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
-        return [float(f"1e{power}") for power in powers]
-    rough = (high - low) / 3
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
-    first, last = math.ceil(low / step), math.floor(high / step)
-    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+def _layers_beside(measurements: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The layers that a run replaced, with each run's structure; where runs differ most comes first."""
+    by_name = [{entry["name"]: entry for entry in measurement["layers"]} for measurement in measurements]
+    rows = []
+    for name in dict.fromkeys(name for own in by_name for name in own):
+        entries = [own.get(name) for own in by_name]
+        some = next(entry for entry in entries if entry is not None)
+        dense = max(some["dense"]["bytes"], 1)
+        shares = [1.0 if entry is None else entry["cost"]["bytes"] / dense for entry in entries]
+        rows.append({
+            "name": name or "(the network itself)",
+            "shape": " × ".join(map(str, some["shape"])),
+            "cells": [
+                {
+                    "structure": "dense" if entry is None else entry["structure"],
+                    "share": f"{100 * share:.1f} %",
+                    "value": share,
+                }
+                for entry, share in zip(entries, shares, strict=True)
+            ],
+            "apart": max(shares) - min(shares),
+        })
+    return sorted(rows, key=lambda row: -row["apart"])

@@ -49,7 +49,7 @@ _LONGEST = 3.0  # one matrix alone: its longer side over its shorter one; longer
 _THINNEST = 10.0  # one of several factors, drawn out of scale where it would be thinner
 _GAP = 26.0  # between factors
 _MARGIN = 1.0
-_LARGEST_TEXT, _SMALLEST_TEXT = 13.0, 6.5
+_LARGEST_TEXT, _SMALLEST_TEXT = 22.0, 6.5  # the page shows pictures at half their size
 _GLYPH = 0.62  # a digit's width in units of the text's size, with some air
 _LINED = 5.0  # from this side on a block has an outline
 

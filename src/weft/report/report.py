@@ -28,7 +28,7 @@ from weft.measure import (
     network_cost,
     peak_activations,
 )
-from weft.report.page import render_page
+from weft.report.page import render_comparison, render_page
 from weft.storage import read_json, write_text
 from weft.structures.base import Cost
 
@@ -105,31 +105,32 @@ class Report(Measurement):
         }
         return cls(**{**data, **costs, **footprints, "latencies": latency_rows, "layers": layers})
 
-    def save(self, path: str | os.PathLike[str], *, command: str = "") -> Path:
+    def save(self, path: str | os.PathLike[str], *, command: str = "", asked: str = "") -> Path:
         """Writes the measurement as JSON, for `weft report`.
 
         Args:
             path: the file.
-            command: the command that repeats the run.
+            command: the commands that repeat the run, one a line.
+            asked: what was asked for, such as the budget and the families.
 
         Returns:
             The path.
         """
-        record = {"weft_run": 1, "command": command, "measurement": self.to_json()}
+        record = {"weft_run": 1, "command": command, "asked": asked, "measurement": self.to_json()}
         return write_text(path, json.dumps(record, indent=1))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> tuple["Report", str]:
+    def load(cls, path: str | os.PathLike[str]) -> tuple["Report", str, str]:
         """Reads what `save` wrote.
 
         Args:
             path: the file.
 
         Returns:
-            The report, and the command that repeats the run.
+            The report, the commands that repeat the run, and what was asked for.
         """
         record = read_json(path, "weft_run", "write it with weft evaluate")
-        return cls.from_json(record["measurement"]), record["command"]
+        return cls.from_json(record["measurement"]), record["command"], record.get("asked", "")
 
     def table(self) -> Table:
         """The table for a terminal.
@@ -163,17 +164,19 @@ class Report(Measurement):
         asked: str = "",
         log: Iterable[Mapping[str, Any]] = (),
         pareto: Mapping[str, Any] | None = None,
+        others: Mapping[str, Mapping[str, str]] | None = None,
     ) -> Path:
         """Writes the report as one self-contained page.
 
         Args:
             path: the file.
             title: the page's title.
-            command: the command that repeats the run, shown on the page.
+            command: the commands that repeat the run, one a line, shown on the page.
             asked: what was asked for, such as the budget and the families.
             log: entries of the runs' logs, in their order: those of `weft.compress` bring the layers' errors,
                 those of `weft.fine_tune` the training curve.
             pareto: the plan's curves of cost and predicted loss, as `plan.pareto.to_json()` gives them.
+            others: why a layer's other families were not chosen, as `plan.others` says.
 
         Returns:
             The path.
@@ -186,8 +189,42 @@ class Report(Measurement):
             asked=asked,
             log=log,
             pareto=pareto,
+            others=others,
         )
         return write_text(path, page)
+
+
+def write_comparison(
+    runs: Iterable[str | os.PathLike[str]],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "weft: runs compared",
+) -> Path:
+    """Writes several runs side by side as one self-contained page.
+
+    Args:
+        runs: files that `Report.save` wrote, at least two; their names tell them apart.
+        path: the file.
+        title: the page's title.
+
+    Returns:
+        The path.
+    """
+    files = [Path(run) for run in runs]
+    loaded = [Report.load(file) for file in files]
+    names = [file.stem for file in files]
+    if len(set(names)) < len(names):
+        names = [str(file.with_suffix("")) for file in files]
+    return write_text(
+        path,
+        render_comparison(
+            [
+                {"name": name, "measurement": report.to_json(), "command": command, "asked": asked}
+                for name, (report, command, asked) in zip(names, loaded, strict=True)
+            ],
+            title=title,
+        ),
+    )
 
 
 def _counts(name: str, was: int, now: int) -> tuple[str, str, str, str]:
@@ -265,7 +302,7 @@ def measure(
         latencies=latencies(
             against, small, sample, batches=batches, thread_counts=thread_counts, seconds=seconds, shown=shown
         ),
-        layers=layer_rows(small),
+        layers=layer_rows(small, against=against, shown=shown),
         environment=environment(),
         dense_activations=peak_activations(against, sample),
         activations=peak_activations(small, sample),

@@ -1,0 +1,138 @@
+"""The pages of two real runs, and what they look like: docs/screenshots/*.png.
+
+    python experiments/pages.py                  # MiniLM by bytes, ResNet-20 by multiply-adds
+    python experiments/pages.py resnet20
+    python experiments/pages.py --screenshots    # only of pages that are there; needs Chromium: make browser
+
+Runs and pages go to build/pages. Skips with a message where packages or data are absent.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import sentences
+import torch
+from data import shared_file
+from torch import nn
+
+import weft
+from weft.plan.error_curves import error_curves
+from weft.report.report import write_comparison
+from weft.sources import load_data, load_model
+from weft.structures import select
+
+HERE = Path(__file__).parent
+PAGES = HERE.parent / "build" / "pages"
+SCREENSHOTS = HERE.parent / "docs" / "screenshots"
+
+
+def minilm() -> None:
+    """A sentence encoder at a quarter of its bytes, without training."""
+    model = sentences.sentence_encoder()
+    calibration, held_out = sentences.calibration_and_evaluation()
+    reference = sentences.embeddings(model, held_out)
+
+    def cosine(network: nn.Module, batches: object) -> float:
+        return sentences.agreement(sentences.embeddings(network, held_out), reference)["cosine"]
+
+    found = weft.survey(model, calibration, loss="squared")
+    families, budget = ("LowRank", "Quantized"), weft.Budget(bytes=0.25)
+    curves = error_curves(found, select(families), cache=HERE.parent / "build" / "planner")
+    plan = weft.allocate(found, families, budget, curves=curves)
+    small, log = weft.compress(model, plan, found, batches=calibration)
+    report = weft.measure(
+        small, against=model, data=[batch for batch in held_out], metric=cosine, batches=(1, 16), seconds=4.0
+    )
+    _write("minilm", "MiniLM sentence embeddings", report, plan, log, families)
+
+
+def resnet20() -> None:
+    """ResNet-20 at half and at a third of its multiply-adds, each with two epochs of fine-tuning."""
+    model = load_model(f"{HERE / 'models.py'}:resnet20", shared_file("cifar10/resnet20.npz"))
+    data = load_data(f"{HERE / 'data.py'}:cifar10")
+    calibration = list(data.inputs("calibration", batch_size=100, limit=1000))
+    found = weft.survey(model, calibration)
+    families = ("LowRank", "Separable", "Tucker")
+    curves = error_curves(found, select(families), cache=HERE.parent / "build" / "planner")
+    for name, share in (("resnet20", 0.5), ("resnet20_third", 0.33)):
+        plan = weft.allocate(found, families, weft.Budget(multiply_adds=share), curves=curves)
+        small, fits = weft.compress(model, plan, found, batches=calibration)
+        torch.manual_seed(0)
+        training = data.batches("train", batch_size=64, shuffle=True)
+        small, steps = weft.fine_tune(
+            small,
+            training,
+            teacher=model,
+            epochs=2,
+            learning_rate=1e-3,
+            validation=data.batches("test", batch_size=250, limit=1000),
+        )
+        report = weft.measure(
+            small.eval(),
+            against=model,
+            data=data.batches("test", batch_size=250),
+            batches=(1, 16),
+            seconds=4.0,
+        )
+        _write(name, "ResNet-20 on CIFAR-10", report, plan, [*fits, *steps], families)
+    write_comparison([PAGES / "resnet20.json", PAGES / "resnet20_third.json"], PAGES / "compared.html")
+
+
+def _write(
+    name: str, title: str, report: weft.Report, plan: weft.Plan, log: list, families: tuple[str, ...]
+) -> None:
+    PAGES.mkdir(parents=True, exist_ok=True)
+    assert plan.budget is not None
+    assert plan.pareto is not None
+    told = {
+        "command": shlex.join(["python", "experiments/pages.py", *sys.argv[1:]]),
+        "asked": f"{plan.budget.in_words()}, from {', '.join(families)}",
+    }
+    report.save(PAGES / f"{name}.json", **told)
+    curves = plan.pareto.to_json()
+    path = report.write_html(
+        PAGES / f"{name}.html", title=title, log=log, pareto=curves, others=plan.others, **told
+    )
+    print(report)
+    print(f"wrote {path}")
+
+
+def screenshots() -> None:
+    """Pages as they look at 1400 pixels in light and at 400 in dark colours, one layer open."""
+    sys.path.insert(0, str(HERE.parent))
+    from tests.browser import chromium, look
+
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    with chromium() as browser:
+        for page in sorted(PAGES.glob("*.html")):
+            for width, scheme in ((1400, "light"), (400, "dark")):
+                picture = look(browser, page, width, scheme, open_layer=1)
+                path = SCREENSHOTS / f"{page.stem}_{width}.png"
+                path.write_bytes(picture)
+                print(f"wrote {path}")
+
+
+RUNS: dict[str, Callable[[], None]] = {"minilm": minilm, "resnet20": resnet20}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", nargs="*", choices=[*RUNS, []])
+    parser.add_argument("--screenshots", action="store_true")
+    given = parser.parse_args()
+    for name in given.run or ([] if given.screenshots else RUNS):
+        try:
+            RUNS[name]()
+        except FileNotFoundError as error:
+            print(f"{name}: {error}")
+    if given.screenshots:
+        screenshots()
+
+
+if __name__ == "__main__":
+    main()
