@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 .PHONY: demo
 demo: $(READY) ## train, compress, fine-tune and measure a small network; writes demo/report.html
@@ -40,6 +40,30 @@ check: $(READY) ## linters, formatting, types and the floors of the house
 format: $(READY) ## format the sources and apply the linter's safe fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+.PHONY: docs
+docs: $(READY) ## build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
+.PHONY: browser
+browser: ## install Chromium, which the tests of the pages drive (Debian and Ubuntu; as root or with sudo)
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then \
+	  echo "chromium is there"; \
+	elif command -v apt-get >/dev/null; then \
+	  as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$as_root apt-get update -qq && $$as_root apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
+	else \
+	  echo "install chromium and chromedriver by your system's packages" >&2; exit 1; \
+	fi
+
+.PHONY: experiments-quick
+experiments-quick: $(READY) ## a reduced form of every table of the papers, at most 2 hours on two cores
+	$(BIN)/python experiments/run_all.py --quick
+
+.PHONY: experiments
+experiments: $(READY) ## every experiment in full, at most 8 hours on two cores; goes on where it was interrupted
+	$(BIN)/python experiments/run_all.py
 
 .PHONY: sanitize
 sanitize: $(READY) ## the kernels' tests under AddressSanitizer and UBSan (ARGUMENTS="-k sparse" selects)
