@@ -69,6 +69,10 @@ experiments: $(READY) ## every experiment in full, at most 8 hours on two cores;
 sanitize: $(READY) ## the kernels' tests under AddressSanitizer and UBSan (ARGUMENTS="-k sparse" selects)
 	$(BIN)/python tools/sanitize.py $(ARGUMENTS)
 
+.PHONY: check-neon
+check-neon: $(READY) ## the kernels' ARM copy in an emulator (needs g++-aarch64-linux-gnu and qemu-user)
+	$(BIN)/python tools/check_neon.py
+
 .PHONY: wheel
 wheel: $(READY) ## build a wheel into dist/ and run its kernels where no compiler is in sight
 	$(BIN)/python tools/build_wheel.py
