@@ -243,7 +243,7 @@ def memory_row(name: str, method: str, setting: Any, quick: bool) -> dict[str, A
         "between": between,
         "layers": layers,
         "largest": max(layers.values()),
-        "network": peak_activations(small, images),
+        "peak": peak_activations(small, images),
     }
 
 
@@ -354,8 +354,8 @@ def figure_3(records: Records) -> Sheet:
             )
             for (network, layer), sizes in found.items()
         ],
-        "As in the paper more entries help much and more factors little, and small layers come nearest. In a "
-        "layer so small that K entries per line were half of its numbers there are fewer.",
+        "More entries help much, a third factor little. In a layer so small that K entries per line were "
+        "more than half of its numbers there are fewer.",
     )
 
 
@@ -428,7 +428,7 @@ def table_1(rows: list[dict[str, Any]]) -> Sheet:
                 described(row["setting"]),
                 f"{row['between'] / 1024:.1f} KiB" if row["between"] else "-",
                 over(row, "largest"),
-                over(row, "network"),
+                over(row, "peak"),
             )
             for row in rows
         ],
