@@ -165,7 +165,8 @@ def main() -> None:
             records.row(part, key, partial(row, setting, structure))
     for rank in TABLE_RANKS:
         records.row("table", {**network, "rank": rank}, partial(table_row, setting, rank))
-        (own,) = (row for row in records.of("accuracy") if (row["rank"], row["method"]) == (rank, "SVD"))
+        same = {**network, "rank": rank, "method": "SVD"}
+        (own,) = (row for row in records.of("accuracy") if same.items() <= row.items())
         for name, structure in others(setting, own["bytes"]):
             key = {**network, "bytes_of_rank": rank, "family": name}
             records.row("others", key, partial(accuracy_row, setting, structure))

@@ -222,6 +222,23 @@ def test_a_diagonal_gram_is_met_by_scaling_and_survives_zeros() -> None:
     assert errors[0] < 0.98 * errors[1]
 
 
+def test_a_weighted_fit_without_states_is_a_regression_per_stage() -> None:
+    weight = decaying(20, 30)
+    x = torch.randn(200, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gram = DenseGram((x + x.roll(7, 1)).T @ (x + x.roll(7, 1)) / 200)
+    fit = SequentiallySemiseparable(stages=2, state_dimension=0).fit(weight, input_gram=gram).to_dense()
+    moment = gram.dense()
+    for rows, columns in ((slice(0, 10), slice(0, 15)), (slice(10, 20), slice(15, 30))):
+        best = torch.linalg.solve(moment[columns, columns], moment[columns] @ weight[rows].T.double()).T
+        assert torch.allclose(fit[rows, columns].double(), best, atol=1e-5 * float(best.abs().max()))
+    mixed = SequentiallySemiseparable(stages=3, state_dimension=((0, 2), (1, 0)))
+    errors = [
+        relative_error(weight, each.fit(weight, input_gram=gram).to_dense(), input_gram=gram)
+        for each in (mixed, SequentiallySemiseparable(stages=3, state_dimension=0))
+    ]
+    assert errors[0] < errors[1]
+
+
 def test_a_weighted_fit_goes_on_from_its_start() -> None:
     weight = decaying(40, 32)
     x = torch.relu(torch.randn(64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5)

@@ -611,7 +611,8 @@ def _predictive_states(
         # Coordinates in which the states are orthonormal keep the products of many stages well scaled.
         _, triangle = torch.linalg.qr((chosen @ seen).T)
         pivots = triangle.diagonal()
-        pivots[pivots.abs() <= _METRIC_FLOOR * pivots.abs().max()] = 1.0  # directions without any column
+        if len(pivots):  # else the state has no dimension
+            pivots[pivots.abs() <= _METRIC_FLOOR * pivots.abs().max()] = 1.0  # directions without any column
         step = torch.linalg.solve_triangular(triangle.T, chosen, upper=False)
         step = functional.pad(step, (0, 0, 0, dimensions[k] - len(step)))
         transition.append(step[:, : len(reach)])
