@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from data import shared_file
 from learning_compression import Images, network
+from psm_nets import PUBLISHED_RATE, protocol
 from records import Records, Sheet, parser, show
 from torch import Tensor
 
 import weft
 from weft.measure import footprint, network_cost, peak_activations
 from weft.progress import track
-from weft.schemes.fine_tune import FineTune
 from weft.schemes.from_scratch import FromScratch
 from weft.schemes.iterative_pruning import IterativePruning
 from weft.sources.augmentation import Augmented
@@ -46,7 +46,6 @@ from weft.structures.tucker import Tucker
 
 BUILD = Path(__file__).parents[1] / "build" / "giffon"
 LENET, RESNET = "LeNet-5", "ResNet-20"
-PUBLISHED_RATE = 23.3  # table IV: LeNet, without loss
 OPTIMISER = {LENET: "rmsprop", RESNET: "adam"}
 # Epochs in full, and in the reduced form, whose epochs are a tenth as long.
 EPOCHS = {LENET: (10, 5), RESNET: (4, 4)}
@@ -128,16 +127,6 @@ def described(setting: Any) -> str:
 # The rows
 
 
-def protocol(name: str, epochs: int) -> FineTune:
-    return FineTune.of(
-        epochs=epochs,
-        optimiser=OPTIMISER[name],
-        rates=(1e-3, 1e-4, 1e-5),
-        trial_steps=10,
-        mixed_precision=True,
-    )
-
-
 def batches(name: str, data: Images) -> Any:
     """Training batches by the protocol."""
     return data.batches() if name == LENET else Augmented(data.batches(), shift=4, flip=True)
@@ -151,7 +140,7 @@ def network_row(name: str, method: str, setting: Any, quick: bool) -> dict[str, 
     structures = plan(name, survey, method, setting)
     folder = BUILD / "-".join(filter(str.isalnum, f"{name}{method}{setting}{epochs}{quick}"))
     BUILD.mkdir(parents=True, exist_ok=True)
-    scheme = protocol(name, epochs)
+    scheme = protocol(epochs, OPTIMISER[name])
     options: dict[str, Any] = {"validation": data.parts["held out"], "checkpoint": folder, "shown": False}
     ways = {name: way for way, name in NAMES.items()}
     untrained = None
@@ -164,7 +153,7 @@ def network_row(name: str, method: str, setting: Any, quick: bool) -> dict[str, 
         untrained = 100 - data.errors(small)["test"]
         if method == "iterative pruning":
             epochs = max(PRUNING_STEPS, epochs)
-            steps = IterativePruning(protocol(name, 1).training, steps=epochs)
+            steps = IterativePruning(protocol(1, OPTIMISER[name]).training, steps=epochs)
             small, log = steps.run(dense, structures, batches(name, data), **options)
         else:
             small, log = scheme.run(small, batches(name, data), **options)
