@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import sentences
+import planner
 import torch
 from data import shared_file
 from torch import nn
@@ -30,21 +30,20 @@ SCREENSHOTS = HERE.parent / "docs" / "screenshots"
 
 
 def minilm() -> None:
-    """A sentence encoder at a quarter of its bytes, without training."""
-    model = sentences.sentence_encoder()
-    calibration, held_out = sentences.calibration_and_evaluation()
-    reference = sentences.embeddings(model, held_out)
+    """The planner's sentence encoder at a seventh of its bytes, without training."""
+    setting = planner.sentence_encoder()
+    groups = setting.families["bytes"]
+    drawn = [error_curves(setting.survey, select(list(names)), cache=planner.CACHE) for names in groups]
+    curves = {name: [point for own in drawn for point in own[name]] for name in setting.survey.layers}
+    families = tuple(name for names in groups for name in names)
+    plan = weft.allocate(setting.survey, families, weft.Budget(bytes=0.141), curves=curves)
+    small, log = weft.compress(setting.model, plan, setting.survey, batches=setting.calibration)
 
-    def cosine(network: nn.Module, batches: object) -> float:
-        return sentences.agreement(sentences.embeddings(network, held_out), reference)["cosine"]
+    def cosine(network: nn.Module, _: object) -> float:
+        return setting.evaluate(network)["cosine"]
 
-    found = weft.survey(model, calibration, loss="squared")
-    families, budget = ("LowRank", "Quantized"), weft.Budget(bytes=0.25)
-    curves = error_curves(found, select(families), cache=HERE.parent / "build" / "planner")
-    plan = weft.allocate(found, families, budget, curves=curves)
-    small, log = weft.compress(model, plan, found, batches=calibration)
     report = weft.measure(
-        small, against=model, data=[batch for batch in held_out], metric=cosine, batches=(1, 16), seconds=4.0
+        small, against=setting.model, data=setting.calibration, metric=cosine, batches=(1, 16), seconds=4.0
     )
     _write("minilm", "MiniLM sentence embeddings", report, plan, log, families)
 
@@ -56,7 +55,7 @@ def resnet20() -> None:
     calibration = list(data.inputs("calibration", batch_size=100, limit=1000))
     found = weft.survey(model, calibration)
     families = ("LowRank", "Separable", "Tucker")
-    curves = error_curves(found, select(families), cache=HERE.parent / "build" / "planner")
+    curves = error_curves(found, select(families), cache=planner.CACHE)
     for name, share in (("resnet20", 0.5), ("resnet20_third", 0.33)):
         plan = weft.allocate(found, families, weft.Budget(multiply_adds=share), curves=curves)
         small, fits = weft.compress(model, plan, found, batches=calibration)

@@ -37,6 +37,12 @@ def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def _docstring(value: Any, heading: str) -> str:
+    """What mkdocstrings replaces by a docstring, under a heading of its own."""
+    options = f"    options:\n      heading: {heading}\n      toc_label: {heading.removeprefix('weft.')}"
+    return f"::: {value.__module__}.{value.__qualname__}\n{options}"
+
+
 # -- families
 
 
@@ -65,7 +71,7 @@ def _arguments(family: type[Structure]) -> str:
 
 def family_reference() -> str:
     """The docstrings of all families."""
-    return "\n\n".join(f"::: {family.__module__}.{family.__qualname__}" for family in families().values())
+    return "\n\n".join(_docstring(family, name) for name, family in families().items())
 
 
 # -- command line
@@ -113,7 +119,7 @@ def api() -> str:
     """The docstrings of everything in `weft.__all__`, functions first."""
     public = [(name, getattr(weft, name)) for name in weft.__all__]
     public.sort(key=lambda pair: (inspect.isclass(pair[1]), pair[0].lower()))
-    return "\n\n".join(f"::: {value.__module__}.{value.__qualname__}" for _, value in public)
+    return "\n\n".join(_docstring(value, f"weft.{name}") for name, value in public)
 
 
 GENERATED: dict[str, Callable[[], str]] = {
