@@ -15,28 +15,23 @@ from pathlib import Path
 
 import planner
 import torch
-from data import shared_file
 from torch import nn
 
 import weft
 from weft.plan.error_curves import error_curves
 from weft.report.report import write_comparison
-from weft.sources import load_data, load_model
+from weft.sources import load_data
 from weft.structures import select
 
-HERE = Path(__file__).parent
-PAGES = HERE.parent / "build" / "pages"
-SCREENSHOTS = HERE.parent / "docs" / "screenshots"
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ROOT / "build" / "pages"
+SCREENSHOTS = ROOT / "docs" / "screenshots"
 
 
 def minilm() -> None:
     """The planner's sentence encoder at a seventh of its bytes, without training."""
     setting = planner.sentence_encoder()
-    groups = setting.families["bytes"]
-    drawn = [error_curves(setting.survey, select(list(names)), cache=planner.CACHE) for names in groups]
-    curves = {name: [point for own in drawn for point in own[name]] for name in setting.survey.layers}
-    families = tuple(name for names in groups for name in names)
-    plan = weft.allocate(setting.survey, families, weft.Budget(bytes=0.141), curves=curves)
+    plan, families = _planned(setting, "bytes", 0.141)
     small, log = weft.compress(setting.model, plan, setting.survey, batches=setting.calibration)
 
     def cosine(network: nn.Module, _: object) -> float:
@@ -49,35 +44,36 @@ def minilm() -> None:
 
 
 def resnet20() -> None:
-    """ResNet-20 at half and at a third of its multiply-adds, each with two epochs of fine-tuning."""
-    model = load_model(f"{HERE / 'models.py'}:resnet20", shared_file("cifar10/resnet20.npz"))
-    data = load_data(f"{HERE / 'data.py'}:cifar10")
-    calibration = list(data.inputs("calibration", batch_size=100, limit=1000))
-    found = weft.survey(model, calibration)
-    families = ("LowRank", "Separable", "Tucker")
-    curves = error_curves(found, select(families), cache=planner.CACHE)
-    for name, share in (("resnet20", 0.5), ("resnet20_third", 0.33)):
-        plan = weft.allocate(found, families, weft.Budget(multiply_adds=share), curves=curves)
-        small, fits = weft.compress(model, plan, found, batches=calibration)
+    """The planner's ResNet-20 at half and at 35 % of its multiply-adds, with two epochs of fine-tuning."""
+    setting = planner.cifar_network()
+    data = load_data(f"{planner.HERE / 'data.py'}:cifar10")
+    for name, share in (("resnet20", 0.5), ("resnet20_third", 0.35)):
+        plan, families = _planned(setting, "multiply_adds", share)
+        small, fits = weft.compress(setting.model, plan, setting.survey, batches=setting.calibration)
         torch.manual_seed(0)
-        training = data.batches("train", batch_size=64, shuffle=True)
         small, steps = weft.fine_tune(
             small,
-            training,
-            teacher=model,
+            data.batches("train", batch_size=64, shuffle=True),
+            teacher=setting.model,
             epochs=2,
             learning_rate=1e-3,
             validation=data.batches("test", batch_size=250, limit=1000),
         )
+        held_out = data.batches("test", batch_size=250)
         report = weft.measure(
-            small.eval(),
-            against=model,
-            data=data.batches("test", batch_size=250),
-            batches=(1, 16),
-            seconds=4.0,
+            small.eval(), against=setting.model, data=held_out, batches=(1, 16), seconds=4.0
         )
         _write(name, "ResNet-20 on CIFAR-10", report, plan, [*fits, *steps], families)
     write_comparison([PAGES / "resnet20.json", PAGES / "resnet20_third.json"], PAGES / "compared.html")
+
+
+def _planned(setting: planner.Setting, limit: str, share: float) -> tuple[weft.Plan, tuple[str, ...]]:
+    """The plan, from the curves that experiments/planner.py keeps, and the families that it was offered."""
+    groups = setting.families[limit]
+    drawn = [error_curves(setting.survey, select(list(names)), cache=planner.CACHE) for names in groups]
+    curves = {name: [point for own in drawn for point in own[name]] for name in setting.survey.layers}
+    families = tuple(name for names in groups for name in names)
+    return weft.allocate(setting.survey, families, weft.Budget(**{limit: share}), curves=curves), families
 
 
 def _write(
@@ -101,7 +97,7 @@ def _write(
 
 def screenshots() -> None:
     """Pages as they look at 1400 pixels in light and at 400 in dark colours, one layer open."""
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(ROOT))
     from tests.browser import chromium, look
 
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import plotly.graph_objects
 import pytest
 import torch
 
-from tests.browser import chromium, show, wait
+from tests.browser import chromium, resize, show, wait
 from weft.measure import Latency, LayerRow, Timing
 from weft.report import charts
 from weft.report.page import render_comparison, render_page
@@ -704,3 +704,16 @@ def test_charts_take_the_colours_of_the_scheme_also_when_it_changes(opened: Any)
     dark = opened.execute_script(ink), opened.execute_script(ground)
     assert light == ("rgb(92, 91, 85)", "rgb(255, 255, 255)")
     assert dark == ("rgb(168, 168, 159)", "rgb(21, 22, 20)")
+
+
+def test_a_chart_that_was_hidden_meanwhile_fits_and_has_the_new_colours(opened: Any) -> None:
+    for _ in range(2):  # opened and closed
+        click(opened, ".layer th button", 0)
+    features = [{"name": "prefers-color-scheme", "value": "dark"}]
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    resize(opened, 400, 900)
+    click(opened, ".layer th button", 0)
+    ink = "return getComputedStyle(document.querySelector('[data-chart=values-0] .xtitle')).fill"
+    wait(lambda: opened.execute_script(ink) == "rgb(168, 168, 159)")
+    right = "return document.querySelector('[data-chart=values-0] .main-svg').getBoundingClientRect().right"
+    wait(lambda: opened.execute_script(right) <= 400)

@@ -89,7 +89,9 @@
   const draw = (inside) => {
     if (!ready) return;
     inside.querySelectorAll(".plot").forEach((place) => {
-      if (place.offsetParent && !drawn.has(place)) drawOne(place);
+      if (!place.offsetParent) return;
+      if (drawn.has(place)) window.Plotly.Plots.resize(place); // the window may have changed while it was hidden
+      else drawOne(place);
     });
   };
 
@@ -102,7 +104,12 @@
     document.head.append(script);
     ready = true;
     draw(document);
-    dark.addEventListener("change", () => drawn.forEach(drawOne));
+    dark.addEventListener("change", () => {
+      drawn.forEach((place) => {
+        if (place.offsetParent) drawOne(place);
+        else drawn.delete(place); // drawn again when it is seen again
+      });
+    });
     document.documentElement.dataset.charts = "drawn";
   };
   unpack().catch((problem) => {
