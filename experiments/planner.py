@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sentences
 import torch
@@ -44,7 +44,7 @@ CACHE = HERE.parent / "build" / "planner"
 ALL = "all"  # of the network's families, which the row names
 # Families whose curves take minutes for 22 million parameters; those that stand together build on each other.
 SENTENCE_FAMILIES = (("LowRank",), ("Quantized", "DividedRows"))
-KERNEL_FAMILIES = (("LowRank",), ("Separable",), ("Tucker",))
+KERNEL_FAMILIES = (("LowRank",), ("Separable",))
 # Bits and group (None: a row) whose bytes the budgets of the sentence encoder are.
 ROUNDED = {0.109: (3, 32), 0.141: (4, 32), 0.164: (5, 64), 0.189: (6, None), 0.251: (8, None)}
 
@@ -72,6 +72,8 @@ class Setting:
 
     Attributes:
         families: what the planner is offered, by the limit: groups whose members may build on each other.
+        graded: a survey with gradients, which predicts what the layers' errors cost the network.
+        divergence: of outputs, in which the layers' sensitivity is measured.
     """
 
     model: nn.Module
@@ -80,6 +82,8 @@ class Setting:
     evaluate: Callable[[nn.Module], dict[str, float]]
     families: Mapping[str, Families]
     ways: Sequence[Way]
+    graded: Callable[[], Survey]
+    divergence: Literal["squared", "kullback_leibler"]
 
 
 def sentence_encoder() -> Setting:
@@ -101,7 +105,9 @@ def sentence_encoder() -> Setting:
         Way(ALL, "sequential", asked[:1]),
     ]
     survey = weft.survey(model, calibration, loss="squared")
-    return Setting(model, survey, calibration, evaluate, {"bytes": SENTENCE_FAMILIES}, ways)
+    return Setting(
+        model, survey, calibration, evaluate, {"bytes": SENTENCE_FAMILIES}, ways, lambda: survey, "squared"
+    )
 
 
 def cifar_network() -> Setting:
@@ -114,17 +120,26 @@ def cifar_network() -> Setting:
     def evaluate(network: nn.Module) -> dict[str, float]:
         return {"accuracy": accuracy(network, held_out)}
 
-    products = [("multiply_adds", share) for share in (0.75, 0.5, 0.35, 0.25)]
-    sizes = [("bytes", share) for share in (0.125, 0.1, 0.075)]
+    products = [("multiply_adds", share) for share in (0.5, 0.35, 0.25)]
+    sizes = [("bytes", share) for share in (0.125, 0.075)]
     ways = [
         Way(ALL, "plan", products + sizes),
         *(Way(name, "uniform", products) for (name,) in KERNEL_FAMILIES),
         Way("Quantized", "uniform", sizes),
-        Way(ALL, "sequential", products[1:3] + sizes),
+        Way(ALL, "sequential", products),
     ]
     families = {"multiply_adds": KERNEL_FAMILIES, "bytes": (*KERNEL_FAMILIES, ("Quantized", "DividedRows"))}
-    survey = weft.survey(model, calibration, teacher=model)
-    return Setting(model, survey, calibration, evaluate, families, ways)
+    survey = weft.survey(model, calibration)
+    return Setting(
+        model,
+        survey,
+        calibration,
+        evaluate,
+        families,
+        ways,
+        lambda: weft.survey(model, calibration, teacher=model),
+        "kullback_leibler",
+    )
 
 
 SETTINGS: Mapping[str, Callable[[], Setting]] = {"minilm": sentence_encoder, "resnet20": cifar_network}
@@ -155,6 +170,23 @@ def compare(part: str, make: Callable[[], Setting], records: Records) -> None:
                 budget = weft.Budget(**{limit: share})
                 row = records.row(part, key, partial(planned, setting, families, budget, way.how, curves_of))
             print({name: value for name, value in row.items() if name != "plan"}, flush=True)
+    row = records.row(part, {"how": "sensitivity", "families": "LowRank"}, partial(sensitivity, setting))
+    print(f"predicted and measured sensitivity: rank correlation {row['rank_correlation']:.3f}", flush=True)
+
+
+def sensitivity(setting: Setting) -> dict[str, Any]:
+    """What low ranks cost the network, predicted from gradients and measured layer by layer."""
+    graded = setting.graded()
+    curves = error_curves(graded, select(["LowRank"]), cache=CACHE)
+    found = weft.measure_sensitivity(
+        setting.model, graded, curves, setting.calibration[::5], divergence=setting.divergence
+    )
+    return {
+        "rank_correlation": found.correlation,
+        "measured_in": setting.divergence,
+        "probes": {name: [list(probe) for probe in probes] for name, probes in found.probes.items()},
+        "predicted": {name: list(values) for name, values in found.predicted.items()},
+    }
 
 
 def planned(
@@ -230,7 +262,7 @@ def keep(network: str, families: tuple[str, ...], minimise: str) -> dict[str, An
     data = load_data(f"{HERE / 'data.py'}:{data_name}")
     calibration = list(data.inputs("calibration", batch_size=100, limit=1000))
     seen, unseen = data.split("test").divide(0.5, 250)
-    survey = weft.survey(model, calibration, teacher=model)
+    survey = weft.survey(model, calibration)
     found = weft.search(
         model,
         survey,
@@ -262,7 +294,7 @@ def keep_rows(records: Records, quick: bool) -> None:
         ways += [
             ("mnist", ("LowRank",), "multiply_adds"),
             ("resnet20", ("LowRank", "Separable", "Quantized", "DividedRows"), "bytes"),
-            ("resnet20", ("LowRank", "Separable", "Tucker"), "multiply_adds"),
+            ("resnet20", ("LowRank", "Separable"), "multiply_adds"),
         ]
     for network, families, minimise in ways:
         key = {"network": network, "offered": list(families), "minimise": minimise, "keep": 0.99}
