@@ -50,7 +50,7 @@ from weft.structures.sparse_product import SparseProduct
 from weft.structures.tensor_train import TensorTrain
 from weft.survey import LayerSurvey
 
-SHARE, SHARES = 0.2, (0.05, 0.1, 0.2, 0.3, 0.5)
+SHARE, SHARES = 0.2, (0.1, 0.3, 0.05, 0.2, 0.5)  # the reduced form has the first two
 CLASSES, SETS, SEEDS = 100, 2, 3
 RATES = (1e-2, 3e-3, 1e-3, 3e-4)
 CLASSIFIER, LENET = "MobileNetV2's classifier", "LeNet-300-100"
@@ -166,7 +166,7 @@ class Task:
         return min(members, key=error)
 
     def scheme(self, seed: int, epochs: int) -> FineTune:
-        return FineTune.of(epochs=epochs, seed=seed, rates=RATES, trial_steps=50, temperature=1.0)
+        return FineTune.of(epochs=epochs, seed=seed, rates=RATES, trial_steps=20, temperature=1.0)
 
     def training(self, seed: int) -> dict[str, Any]:
         """What every training gets: the dense network as teacher, and how well its scores are met."""
@@ -344,7 +344,7 @@ def main() -> None:
     if given.model is None:
         first.append((LENET, None))
         networks.append(LENET)
-    wanted = [(*which, family, seed) for seed in range(seeds) for which in first for family in FAMILIES]
+    wanted = [(*which, family, seed) for which in first for seed in range(seeds) for family in FAMILIES]
     for name, number, family, seed in track(wanted, "figure 1"):
         key = {"network": name, "classes": number, "family": family}
         row = partial(
@@ -352,8 +352,8 @@ def main() -> None:
         )
         records.row("figure 1", key, row, seed=seed)
     for name in networks:
-        shares = SHARES[1:4:2] if given.quick else SHARES
-        for family, share in track([(family, share) for family in FAMILIES for share in shares], "figure 2"):
+        shares = SHARES[:2] if given.quick else SHARES
+        for share, family in track([(share, family) for share in shares for family in FAMILIES], "figure 2"):
             key = {"network": name, "family": family, "share_asked": share}
             row = partial(lambda *which: second_row(tasks.task(which[0]), *which[1:]), name, family, share)
             records.row("figure 2", key, row)
@@ -400,6 +400,9 @@ def sheets(records: Records) -> Iterator[Sheet]:
         tuple(row[name] for name in ("network", "family", "share_asked")): row for row in records.of("time")
     }
 
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["network"] == LENET, list(FAMILIES).index(row["family"]), row["share_asked"]
+
     def over_dense(row: dict[str, Any]) -> str:
         timed = times.get((row["network"], row["family"], row["share_asked"]))
         return "-" if timed is None else f"{timed['over_dense']:.2f}"
@@ -429,7 +432,7 @@ def sheets(records: Records) -> Iterator[Sheet]:
                 f"{row['trained']:.3f}",
                 over_dense(row),
             )
-            for row in records.of("figure 2")
+            for row in sorted(records.of("figure 2"), key=place)
         ],
         "Time of the network's call on one thread, in turns with the dense one's. The paper times a plain C "
         "loop for both, where time follows the multiply-adds; a tuned dense product is harder to beat.",
