@@ -372,8 +372,8 @@ def table_3(rows: list[dict[str, Any]]) -> Sheet:
             )
             for network, setting in keys
         ],
-        "Published, for other networks: the fit is the best start, fresh values on its supports come next. "
-        "The fewer epochs there are the more the start decides, and here they are few.",
+        "The fit is the start that the paper proposes, fresh values and random supports are its controls; its "
+        "networks were others. The fewer epochs there are the more the start decides.",
     )
 
 
@@ -422,7 +422,7 @@ def table_1(rows: list[dict[str, Any]]) -> Sheet:
             for row in rows
         ],
         "Of the layer where it is most. Between factors: the numbers that there are between two cores or "
-        "factors when they are applied one by one, as the paper counts; else measured by torch at "
+        "factors where they are applied one by one; else measured by torch at "
         f"batch {BATCH}, the result included. A chain that is no cheaper than the dense kernel is multiplied "
         "out, as products of sparse matrices are on convolutions, and then takes no more memory than that.",
     )
