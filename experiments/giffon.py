@@ -372,8 +372,8 @@ def table_3(rows: list[dict[str, Any]]) -> Sheet:
             )
             for network, setting in keys
         ],
-        "The fit is the start that the paper proposes, fresh values and random supports are its controls; its "
-        "networks were others. The fewer epochs there are the more the start decides.",
+        "The fit is the start that the paper proposes, fresh values and random supports are its controls; "
+        "its networks were others. The fewer epochs there are the more the start decides.",
     )
 
 
