@@ -204,7 +204,7 @@ def sums_row(first: int, second: int) -> Row:
 
 
 HALF = Budget(multiply_adds=0.5)
-LOW_RANK_STEPS = scheme(2e-3, 2.0, 6, 0.02, True)
+LOW_RANK_STEPS = scheme(3e-3, 3.0, 4, 0.02, True)
 ROWS = {
     # https://github.com/UCMerced-ML/LC-model-compression/tree/master/examples/lenet300
     "5 % of all weights": Row(
@@ -255,14 +255,14 @@ ROWS = {
         },
         LOW_RANK_STEPS,
     ),
-    "3 % of all weights": lenet_5_row(SMALL, {"*": Together(Pruned(0.03))}, scheme(1e-3, 2.3, 6, 0.02, True)),
+    "3 % of all weights": lenet_5_row(SMALL, {"*": Together(Pruned(0.03))}, scheme(2e-3, 3.5, 4, 0.02, True)),
     "2-bit codebooks": lenet_5_row(
         SMALL,
         {"*": Quantized(2, codebook="kmeans")},
         replace(
             LEVELS,
             training=replace(LEVELS.training, mixed_precision=True),
-            penalties=rising(1e-4, 4.0, 6),
+            penalties=rising(1e-3, 6.0, 4),
         ),
     ),
 }
