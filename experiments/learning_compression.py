@@ -40,11 +40,12 @@ from weft.schemes.learning_compression import (
     Priced,
     Task,
     Together,
-    Within,
     rising,
 )
+from weft.schemes.objective import Objective
 from weft.schemes.training import Training
 from weft.sources import Data, load_model
+from weft.sources.augmentation import Augmented
 from weft.sources.splits import TensorSplit, hold_out
 from weft.storage import structured_layers
 from weft.structures.base import Structure
@@ -72,14 +73,18 @@ class Images:
         batch_size: of the training.
         share: of the training images that are used.
         calibrated: how many of them the survey sees.
+        flip: whether half of them are mirrored while training.
     """
 
-    def __init__(self, data: Data, batch_size: int, share: float = 1.0, calibrated: int = 2048) -> None:
+    def __init__(
+        self, data: Data, batch_size: int, share: float = 1.0, calibrated: int = 2048, flip: bool = False
+    ) -> None:
         ((images, labels),) = data.batches("train", batch_size=10**6)
         train, held_out = hold_out(TensorSplit(images, labels), 1 / 12)
         assert train is not None
         assert held_out is not None
         self.train, self.batch_size, self.calibrated = train, batch_size, calibrated
+        self.flip = flip
         self.limit = None if share == 1 else int(share * len(images))
         self.parts = {
             "test": list(data.batches("test", batch_size=1000)),
@@ -88,7 +93,8 @@ class Images:
 
     def batches(self) -> Any:
         """Training batches, every pass in another order; the same passes for every caller."""
-        return self.train.batches(self.batch_size, shuffle=True, limit=self.limit)
+        batches = self.train.batches(self.batch_size, shuffle=True, limit=self.limit)
+        return Augmented(batches, flip=True) if self.flip else batches
 
     def calibration(self) -> Any:
         """Some training images without labels."""
@@ -120,7 +126,7 @@ def network(name: str, quick: bool = False) -> tuple[nn.Module, Images]:
         data = Images(mnist(), 128, share)
         return trained(lenet_5, Training(15, 0.02, 1e-4, "sgd", mixed_precision=True), data), data
     model = load_model(f"{HERE / 'models.py'}:resnet20", shared_file("cifar10/resnet20.npz"))
-    return model.to(memory_format=torch.channels_last).eval(), Images(cifar10(), 128, share, 512)
+    return model.to(memory_format=torch.channels_last).eval(), Images(cifar10(), 128, share, 512, flip=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -161,13 +167,10 @@ def scheme(
 
 
 def planned(family: str, budget: Budget) -> Callable[[Survey], Tasks]:
-    """Sizes chosen once, where the error curves are too dear for every C step."""
+    """Sizes chosen once, by the errors weighted with what flows through the layers."""
 
     def tasks(survey: Survey) -> Tasks:
-        plain = {
-            name: replace(layer, input_gram=None, output_gram=None) for name, layer in survey.layers.items()
-        }
-        plan = weft.allocate(replace(survey, layers=plain), family, budget, shown=False)
+        plan = weft.allocate(survey, family, budget, shown=False)
         return {name: structure for name, structure in plan.items() if structure != Dense()}
 
     return tasks
@@ -189,9 +192,14 @@ def lenet_5_row(part: str, tasks: Tasks, scheme: LearningCompression) -> Row:
     return Row(part, "LeNet-5", tasks, scheme, TUNING)
 
 
-def resnet_row(part: str, tasks: Tasks | Callable[[Survey], Tasks]) -> Row:
-    """A row of ResNet-20, taught by itself."""
-    return Row(part, "ResNet-20", tasks, scheme(0.02, 4.0, 3, 0.02, True), TUNING, taught=True)
+def resnet_row(family: str, budget: Budget) -> Row:
+    """A row of ResNet-20, taught by itself: its scores on images that it knows are sure, hence softened."""
+    taught = Objective(temperature=4.0)
+    steps = scheme(0.02, 4.0, 3, 0.02, True)
+    steps = replace(steps, training=replace(steps.training, objective=taught))
+    return Row(
+        RESIDUAL, "ResNet-20", planned(family, budget), steps, replace(TUNING, objective=taught), taught=True
+    )
 
 
 def sums_row(first: int, second: int) -> Row:
@@ -236,11 +244,9 @@ ROWS = {
     "low rank, plain + reshaped": sums_row(8, 4),
     "low rank, plain + reshaped, half the ranks": sums_row(4, 2),
     # A kernel that is a sparse product is formed as a whole: its multiply-adds stay, only storage shrinks.
-    "LowRank": resnet_row(RESIDUAL, {"layer*": Within("LowRank", HALF)}),
-    "Tucker": resnet_row(RESIDUAL, planned("Tucker", HALF)),
-    "SparseProduct, half the parameters": resnet_row(
-        RESIDUAL, planned("SparseProduct", Budget(parameters=0.5))
-    ),
+    "Tucker": resnet_row("Tucker", HALF),
+    "LowRank": resnet_row("LowRank", HALF),
+    "SparseProduct, half the parameters": resnet_row("SparseProduct", Budget(parameters=0.5)),
     **{
         f"ranks by price, {price:g} a multiply-add": lenet_5_row(
             CURVES, {"*": Priced("LowRank", Price(multiply_adds=price))}, LOW_RANK_STEPS

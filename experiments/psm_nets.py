@@ -108,19 +108,19 @@ def main() -> None:
     """Measures what is missing and prints the table."""
     options = parser(__doc__)
     options.add_argument("starts", nargs="*", metavar="START", help=f"of {', '.join(STARTS)}; all where none")
-    options = options.parse_args()
+    given = options.parse_args()
     try:
         shared_file("mnist/mnist.npz")
     except FileNotFoundError as error:
         print(f"skipped: {error}")
         sys.exit(0)
-    records = Records("psm_nets", fresh=options.fresh, quick=options.quick)
-    for start in options.starts or STARTS:
-        setting = {"start": start, "sparsity": 7, "epochs": 1 if options.quick else 8}
+    records = Records("psm_nets", fresh=given.fresh, quick=given.quick)
+    for start in given.starts or STARTS:
+        setting = {"start": start, "sparsity": 7, "epochs": 1 if given.quick else 8}
         records.row(
             "PSM-LeNet",
             setting,
-            lambda setting=setting: train(**setting, quick=options.quick),  # type: ignore[misc]
+            lambda setting=setting: train(**setting, quick=given.quick),  # type: ignore[misc]
         )
     show(sheets(records))
 
