@@ -142,7 +142,7 @@ def compare(
                         "over_dense": timing.median / times["dense"].median,
                         "bytes": files[name].stat().st_size
                         if name in files
-                        else sizes.get(name, sizes["dense"]),
+                        else sizes.get(name.removesuffix(", torch.compile"), sizes["dense"]),
                         "agreement": agreement(found[name], expected),
                     }
                     rows.append(row)

@@ -55,6 +55,7 @@ class Line:
         target: the largest ratio allowed.
         share: of the parameters, where the structure is a family's name.
         fitted: whether the size depends on the weight, so that a random member would not be it.
+        halves: whether weights and vectors are of bfloat16, the dense ones too.
     """
 
     structure: str
@@ -63,13 +64,18 @@ class Line:
     target: Target
     share: float | None = None
     fitted: bool = False
+    halves: bool = False
 
     @property
     def name(self) -> str:
         size = "" if self.share is None else f" at {self.share:.0%} of the parameters"
-        return f"{self.structure}{size}, {self.shape[0]}x{self.shape[1]}, batch {self.batch}"
+        kind = ", bfloat16" if self.halves else ""
+        return f"{self.structure}{size}, {self.shape[0]}x{self.shape[1]}, batch {self.batch}{kind}"
 
     def member(self) -> StructuredMatrix:
+        return self._float_member().to(torch.bfloat16 if self.halves else torch.float32)
+
+    def _float_member(self) -> StructuredMatrix:
         generator = torch.Generator().manual_seed(0)
         if self.share is not None:
             members, _ = members_of_size([families()[self.structure]], self.shape, self.share)
@@ -108,6 +114,8 @@ LINES = [
             (4, "", 0.35),
         )
     ),
+    Line("LowRank(rank=100)", (1000, 1280), 1, by_bytes, halves=True),
+    Line("Hierarchical(rank=30, leaf_size=64)", (1000, 1280), 1, at_most(0.34), halves=True),
     # Their codes are of interest for storage: no target but the dense time.
     *(
         Line(f"ProductQuantized(subspaces={shape[1] // 8}, codewords=256)", shape, 1, at_most(1.0))

@@ -7,6 +7,7 @@
 #include <exception>
 #include <vector>
 
+#include "bfloat16.hpp"
 #include "block_sequence.hpp"
 #include "codewords.hpp"
 #include "low_rank.hpp"
@@ -66,7 +67,7 @@ struct Exchange {
 };
 
 constexpr std::int32_t host = 1;
-enum Type : std::uint8_t { unsigned_integer = 1, floating = 2 };
+enum Type : std::uint8_t { unsigned_integer = 1, floating = 2, brain_floating = 4 };
 
 }  // namespace dlpack
 
@@ -74,7 +75,7 @@ enum Type : std::uint8_t { unsigned_integer = 1, floating = 2 };
 // without torch's headers one build serves all versions of torch.
 struct Torch {
     // Objects, taken from weft.kernels.dispatch.
-    PyObject *tensor, *parameter, *float32, *uint8;
+    PyObject *tensor, *parameter, *float32, *bfloat16, *uint8;
     PyObject *is_grad_enabled;
     // Questions, and each one's answer in a plain eager call.
     PyObject *questions, *answers;
@@ -95,13 +96,14 @@ const dlpack::Exchange *exchange_of(PyObject *tensor) {
     return exchange != nullptr && exchange->describe != nullptr ? exchange : nullptr;
 }
 
-void know_torch(nb::object tensor, nb::object parameter, nb::object float32, nb::object uint8,
+void know_torch(nb::object tensor, nb::object parameter, nb::object float32, nb::object bfloat16, nb::object uint8,
                 nb::object is_grad_enabled, nb::tuple questions, nb::tuple answers, nb::object forward_mode,
                 bool by_exchange) {
     torch.exchange = by_exchange ? exchange_of(tensor.ptr()) : nullptr;
     torch.tensor = tensor.release().ptr();
     torch.parameter = parameter.release().ptr();
     torch.float32 = float32.release().ptr();
+    torch.bfloat16 = bfloat16.release().ptr();
     torch.uint8 = uint8.release().ptr();
     torch.is_grad_enabled = is_grad_enabled.release().ptr();
     torch.questions = questions.release().ptr();
@@ -146,13 +148,15 @@ int in_plain_eager(bool &recording) {
     return 1;
 }
 
-enum class Numbers { float32, uint8 };
+// `floating` is float32 or bfloat16.
+enum class Numbers { float32, floating, uint8 };
 
 constexpr Py_ssize_t most_axes = 16;
 
 // A tensor that the kernels may read: contiguous in host memory.
 struct Plain {
     std::uintptr_t data = 0;
+    bool half = false;  // bfloat16
     Py_ssize_t axes = 0;
     std::int64_t shape[most_axes];
 
@@ -178,9 +182,10 @@ int describe(PyObject *tensor, Numbers wanted, Plain &out) {
         PyErr_Clear();  // nothing that DLPack can tell, hence nothing that the kernels can read
         return 0;
     }
-    const bool is_float = wanted == Numbers::float32;
-    if (found.type != (is_float ? dlpack::floating : dlpack::unsigned_integer) || found.bits != (is_float ? 32 : 8) ||
-        found.lanes != 1 || found.device_type != dlpack::host || found.axes > most_axes)
+    out.half = wanted == Numbers::floating && found.type == dlpack::brain_floating;
+    const bool bytes = wanted == Numbers::uint8;
+    const auto type = out.half ? dlpack::brain_floating : bytes ? dlpack::unsigned_integer : dlpack::floating;
+    if (found.type != type || found.bits != (out.half ? 16 : bytes ? 8 : 32) || found.lanes != 1 || found.device_type != dlpack::host || found.axes > most_axes)
         return 0;
     out.axes = found.axes;
     std::int64_t count = 1;
@@ -197,7 +202,12 @@ int describe(PyObject *tensor, Numbers wanted, Plain &out) {
 
 // The same by torch's attributes one after the other; -1 with an exception set.
 int describe_by_attributes(PyObject *tensor, Numbers wanted, Plain &out) {
-    int yes = is(PyObject_GetAttr(tensor, torch.dtype), wanted == Numbers::float32 ? torch.float32 : torch.uint8);
+    int yes = 0;
+    if (wanted == Numbers::floating) {
+        yes = is(PyObject_GetAttr(tensor, torch.dtype), torch.bfloat16);
+        out.half = yes == 1;
+    }
+    if (yes == 0) yes = is(PyObject_GetAttr(tensor, torch.dtype), wanted == Numbers::uint8 ? torch.uint8 : torch.float32);
     if (yes == 1) yes = is(PyObject_GetAttr(tensor, torch.is_cpu), Py_True);
     if (yes == 1) yes = is(PyObject_CallMethodNoArgs(tensor, torch.is_contiguous), Py_True);
     if (yes != 1) return yes;
@@ -218,7 +228,7 @@ int look_at(PyObject *tensor, Numbers wanted, bool recording, Plain &out) {
     if (type != torch.tensor && type != torch.parameter) return 0;  // a subclass may keep its values elsewhere
     int yes = torch.exchange != nullptr ? describe(tensor, wanted, out) : describe_by_attributes(tensor, wanted, out);
     // A lazy sign, which the memory does not show.
-    if (yes == 1 && wanted == Numbers::float32) yes = is(PyObject_CallMethodNoArgs(tensor, torch.is_neg), Py_False);
+    if (yes == 1 && wanted != Numbers::uint8) yes = is(PyObject_CallMethodNoArgs(tensor, torch.is_neg), Py_False);
     if (yes == 1 && recording) yes = is(PyObject_GetAttr(tensor, torch.requires_grad), Py_False);
     return yes;
 }
@@ -235,11 +245,11 @@ public:
         if (state_ == 1) state_ = look_at(object, wanted, recording_, out);
         return out;
     }
-    // The address of a vector of `extent` numbers, or 0 for None.
-    std::uintptr_t optional(PyObject *object, std::int64_t extent) {
+    // The address of a vector of `extent` numbers, halves or floats, or 0 for None.
+    std::uintptr_t optional(PyObject *object, std::int64_t extent, bool half = false) {
         if (object == Py_None) return 0;
-        const Plain found = tensor(object);
-        if (state_ == 1 && (found.axes != 1 || found.shape[0] != extent)) state_ = 0;
+        const Plain found = tensor(object, half ? Numbers::floating : Numbers::float32);
+        if (state_ == 1 && (found.axes != 1 || found.shape[0] != extent || found.half != half)) state_ = 0;
         return found.data;
     }
     void require(bool condition) {
@@ -282,9 +292,9 @@ PyObject *new_result(PyObject *x, const Plain &shape, std::int64_t outputs, std:
     for (Py_ssize_t axis = 0; axis < shape.axes; ++axis) Py_DECREF(call[axis + 1]);
     if (!result) return nullptr;
     Plain made;
-    const int yes = look_at(result.get(), Numbers::float32, false, made);
+    const int yes = look_at(result.get(), Numbers::floating, false, made);
     if (yes < 0) return nullptr;
-    if (yes == 0 || made.count() != shape.batch() * outputs) {
+    if (yes == 0 || made.half != shape.half || made.count() != shape.batch() * outputs) {
         PyErr_SetString(PyExc_RuntimeError, "new_empty gave another tensor than was asked for");
         return nullptr;
     }
@@ -310,6 +320,27 @@ PyObject *run(PyObject *x, const Plain &shape, std::int64_t outputs, Product &&p
     return enough ? out.release() : PyErr_NoMemory();
 }
 
+// Vectors of halves as floats.
+std::vector<float> as_floats(std::uintptr_t place, std::int64_t count) {
+    const auto *from = at<const weft::Bfloat16>(place);
+    std::vector<float> wide(static_cast<std::size_t>(place == 0 ? 0 : count));
+    for (std::size_t i = 0; i < wide.size(); ++i) wide[i] = weft::widened(from[i]);
+    return wide;
+}
+
+// As `run`, for vectors and results of halves: product(x, bias, result), all in floats, the bias null where there is
+// none.
+template <typename Product>
+PyObject *run_in_floats(PyObject *x, const Plain &shape, std::uintptr_t bias, std::int64_t outputs, Product &&product) {
+    return run(x, shape, outputs, [&](float *out) {
+        const std::vector<float> wide = as_floats(shape.data, shape.count()), wide_bias = as_floats(bias, outputs);
+        std::vector<float> result(static_cast<std::size_t>(shape.batch() * outputs));
+        product(wide.data(), bias != 0 ? wide_bias.data() : nullptr, result.data());
+        auto *to = reinterpret_cast<weft::Bfloat16 *>(out);
+        for (const float value : result) *to++ = weft::narrowed(value);
+    });
+}
+
 // Whole numbers among the arguments.
 template <std::size_t count>
 bool whole_numbers(PyObject *const *from, std::int64_t (&out)[count]) {
@@ -322,24 +353,36 @@ bool wrong_count(Py_ssize_t got, Py_ssize_t wanted, const char *names) {
     return got != wanted;
 }
 
+// For more vectors of halves the vendor's products of halves measure faster.
+constexpr std::int64_t most_half_vectors = 8;
+
 // low_rank_apply(x, left, right, bias, threads)
 PyObject *low_rank_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
     std::int64_t threads[1];
     if (wrong_count(count, 5, "x, left, right, bias, threads") || !whole_numbers(given + 4, threads)) return nullptr;
     Arguments arguments;
-    const Plain x = arguments.tensor(given[0]), left = arguments.tensor(given[1]), right = arguments.tensor(given[2]);
+    const Plain x = arguments.tensor(given[0], Numbers::floating), left = arguments.tensor(given[1], Numbers::floating);
+    const Plain right = arguments.tensor(given[2], Numbers::floating);
     if (!arguments.serve()) return arguments.declined();
-    arguments.require(x.axes >= 1 && left.axes == 2 && right.axes == 2);
+    arguments.require(x.axes >= 1 && left.axes == 2 && right.axes == 2 && left.half == x.half && right.half == x.half);
     if (!arguments.serve()) return arguments.declined();
     const std::int64_t batch = x.batch(), outputs = left.shape[0], rank = left.shape[1];
-    const std::uintptr_t bias = arguments.optional(given[3], outputs);
-    arguments.require(batch >= 1 && right.has_shape(rank, x.last()));
+    const std::uintptr_t bias = arguments.optional(given[3], outputs, x.half);
+    arguments.require(batch >= 1 && right.has_shape(rank, x.last()) && (!x.half || batch <= most_half_vectors));
     if (!arguments.serve()) return arguments.declined();
-    return run(given[0], x, outputs, [&](float *out) {
-        weft::low_rank_apply({at<const float>(x.data), at<const float>(left.data), at<const float>(right.data),
-                              at<const float>(bias), out, batch, x.last(), rank, outputs},
+    const auto apply = [&](auto weights, const float *vectors, const float *added, float *out) {
+        using Weight = decltype(weights);
+        weft::low_rank_apply(weft::LowRankProductOf<Weight>{vectors, at<const Weight>(left.data),
+                                                            at<const Weight>(right.data), added, out, batch, x.last(),
+                                                            rank, outputs},
                              static_cast<int>(threads[0]));
-    });
+    };
+    if (x.half)
+        return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+            apply(weft::Bfloat16(), vectors, added, out);
+        });
+    return run(given[0], x, outputs,
+               [&](float *out) { apply(0.0f, at<const float>(x.data), at<const float>(bias), out); });
 }
 
 constexpr Py_ssize_t most_matrices = 8;
@@ -358,16 +401,17 @@ PyObject *block_sequence_apply(PyObject *, PyObject *const *given, Py_ssize_t co
         return nullptr;
     }
     Arguments arguments;
-    const Plain x = arguments.tensor(given[0]);
-    const std::uintptr_t bias = arguments.optional(given[1], outputs);
-    const float *addresses[most_matrices];
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given[2]); ++i) {
-        const Plain matrix = arguments.tensor(PyList_GET_ITEM(given[2], i));
+    const Plain x = arguments.tensor(given[0], Numbers::floating);
+    const std::uintptr_t bias = arguments.optional(given[1], outputs, x.half);
+    const void *addresses[most_matrices] = {};
+    const Py_ssize_t matrix_count = PyList_GET_SIZE(given[2]);
+    for (Py_ssize_t i = 0; i < matrix_count; ++i) {
+        const Plain matrix = arguments.tensor(PyList_GET_ITEM(given[2], i), Numbers::floating);
         if (!arguments.serve()) return arguments.declined();
         const long long size = PyLong_AsLongLong(PyList_GET_ITEM(given[3], i));
         if (PyErr_Occurred() != nullptr) return nullptr;
-        arguments.require(matrix.count() == size);
-        addresses[i] = at<const float>(matrix.data);
+        arguments.require(matrix.count() == size && matrix.half == x.half);
+        addresses[i] = at<const void>(matrix.data);
     }
     arguments.require(x.axes >= 1 && x.axes <= most_axes && x.last() == inputs);
     if (!arguments.serve()) return arguments.declined();
@@ -375,11 +419,20 @@ PyObject *block_sequence_apply(PyObject *, PyObject *const *given, Py_ssize_t co
     if (!code) return nullptr;
     const auto code_at = static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(code.get()));
     if (PyErr_Occurred() != nullptr) return nullptr;
-    return run(given[0], x, outputs, [&](float *out) {
-        weft::block_sequence_apply({at<const std::int64_t>(code_at), addresses, at<const float>(x.data),
-                                    at<const float>(bias), out, x.batch()},
+    const auto apply = [&](auto weights, const float *vectors, const float *added, float *out) {
+        using Weight = decltype(weights);
+        const Weight *matrices[most_matrices] = {};
+        for (Py_ssize_t i = 0; i < matrix_count; ++i) matrices[i] = static_cast<const Weight *>(addresses[i]);
+        weft::block_sequence_apply(weft::BlockSequenceOf<Weight>{at<const std::int64_t>(code_at), matrices, vectors,
+                                                                 added, out, x.batch()},
                                    static_cast<int>(threads));
-    });
+    };
+    if (x.half)
+        return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+            apply(weft::Bfloat16(), vectors, added, out);
+        });
+    return run(given[0], x, outputs,
+               [&](float *out) { apply(0.0f, at<const float>(x.data), at<const float>(bias), out); });
 }
 
 // sparse_chain_apply(x, values, bias, table, count, entries, inputs, outputs, threads). `table`: the address of five

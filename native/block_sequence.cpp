@@ -20,13 +20,19 @@ constexpr std::int64_t slice = 96;
 // after their work, may have to give up a core first.
 constexpr std::int64_t worth_a_thread = 1024 * 1024;
 
-struct Scratch {
-    std::vector<float> floats;
-    std::vector<ColumnsSegment> segments, next;
+std::vector<float> &float_scratch() {
+    thread_local std::vector<float> memory;
+    return memory;
+}
+
+template <typename Weight>
+struct Segments {
+    std::vector<ColumnsSegmentOf<Weight>> own, next;
 };
 
-Scratch &scratch() {
-    thread_local Scratch memory;
+template <typename Weight>
+Segments<Weight> &segment_scratch() {
+    thread_local Segments<Weight> memory;
     return memory;
 }
 
@@ -59,25 +65,26 @@ struct Vectors {
     std::int64_t batch;
 };
 
+template <typename Weight>
 class Interpreter {
 public:
-    explicit Interpreter(const BlockSequence &p)
-        : p_(p), kernel_(columns_product_kernel()) {}
+    explicit Interpreter(const BlockSequenceOf<Weight> &p) : p_(p), kernels_(columns_product_kernels()) {}
 
     // Runs `groups` groups, the first of which starts at `at`; returns where the next one starts.
     const std::int64_t *run_groups(const std::int64_t *at, std::int64_t groups, const Vectors &v) const {
-        Scratch &memory = scratch();
+        Segments<Weight> &memory = segment_scratch<Weight>();
         std::int64_t steps = 0;  // still to be read of the group
         Step step, following;
-        bool there = read(at, groups, steps, v, memory.segments, step);
+        bool there = read(at, groups, steps, v, memory.own, step);
         while (there) {
             const bool more = read(at, groups, steps, v, memory.next, following);
             const bool output = step.space == program::output;
-            kernel_({memory.segments.data(), step.count, more && following.count > 0 ? memory.next.data() : nullptr,
+            kernels_(ColumnsProductOf<Weight>{
+                     memory.own.data(), step.count, more && following.count > 0 ? memory.next.data() : nullptr,
                      output && v.bias != nullptr ? v.bias + step.offset : nullptr,
                      (output ? v.output : v.states) + step.offset, output ? v.outputs : v.state_count, v.batch,
                      step.size});
-            memory.segments.swap(memory.next);
+            memory.own.swap(memory.next);
             step = following;
             there = more;
         }
@@ -104,7 +111,7 @@ private:
 
     // Reads the step at `at` and goes on behind it; false where the groups are at their end.
     bool read(const std::int64_t *&at, std::int64_t &groups, std::int64_t &steps, const Vectors &v,
-              std::vector<ColumnsSegment> &segments, Step &step) const {
+              std::vector<ColumnsSegmentOf<Weight>> &segments, Step &step) const {
         for (; steps == 0; at += 2) {
             if (groups == 0) return false;
             --groups;
@@ -155,12 +162,13 @@ private:
         return end;
     }
 
-    const BlockSequence &p_;
-    ColumnsProductKernel kernel_;
+    const BlockSequenceOf<Weight> &p_;
+    const ColumnsProductKernels &kernels_;
 };
 
 // Inputs [first, first + batch) of the whole product.
-void apply_slice(const BlockSequence &p, std::int64_t first, std::int64_t batch, int threads) {
+template <typename Weight>
+void apply_slice(const BlockSequenceOf<Weight> &p, std::int64_t first, std::int64_t batch, int threads) {
     const std::int64_t *code = p.code;
     const std::int64_t inputs = code[program::inputs], outputs = code[program::outputs];
     const std::int64_t states = code[program::states];
@@ -170,7 +178,7 @@ void apply_slice(const BlockSequence &p, std::int64_t first, std::int64_t batch,
     // An odd number of cache lines from one input's states to the next: a power of two would make them meet
     // in the same few places of the cache.
     const std::int64_t state_stride = (states + 15) / 16 * 16 | 16;
-    float *memory = grown(scratch().floats, batch * (state_stride + (order != nullptr ? inputs : 0) +
+    float *memory = grown(float_scratch(), batch * (state_stride + (order != nullptr ? inputs : 0) +
                                                      (places != nullptr ? outputs : 0)));
     float *ordered_input = memory + batch * state_stride;
     float *ordered_output = ordered_input + (order != nullptr ? batch * inputs : 0);
@@ -180,7 +188,7 @@ void apply_slice(const BlockSequence &p, std::int64_t first, std::int64_t batch,
     if (order != nullptr)
         for (std::int64_t b = 0; b < batch; ++b)
             for (std::int64_t i = 0; i < inputs; ++i) ordered_input[b * inputs + i] = x[b * inputs + order[i]];
-    Interpreter(p).run({order != nullptr ? ordered_input : x, memory, places != nullptr ? ordered_output : out,
+    Interpreter<Weight>(p).run({order != nullptr ? ordered_input : x, memory, places != nullptr ? ordered_output : out,
                         inputs, state_stride, outputs, places != nullptr ? nullptr : p.bias, batch},
                        threads);
     if (places != nullptr)
@@ -189,9 +197,8 @@ void apply_slice(const BlockSequence &p, std::int64_t first, std::int64_t batch,
                 out[b * outputs + i] = ordered_output[b * outputs + places[i]] + (p.bias != nullptr ? p.bias[i] : 0.0f);
 }
 
-}  // namespace
-
-void block_sequence_apply(const BlockSequence &p, int threads) {
+template <typename Weight>
+void apply(const BlockSequenceOf<Weight> &p, int threads) {
     // Many inputs are divided among the threads, which then never wait for each other; few share the steps.
     const std::int64_t per_thread = (p.batch + threads - 1) / std::max(threads, 1);
     if (threads > 1 && per_thread >= 8) {
@@ -206,5 +213,11 @@ void block_sequence_apply(const BlockSequence &p, int threads) {
     for (std::int64_t first = 0; first < p.batch; first += slice)
         apply_slice(p, first, std::min(slice, p.batch - first), threads);
 }
+
+}  // namespace
+
+void block_sequence_apply(const BlockSequenceOf<float> &p, int threads) { apply(p, threads); }
+
+void block_sequence_apply(const BlockSequenceOf<Bfloat16> &p, int threads) { apply(p, threads); }
 
 }  // namespace weft

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "bfloat16.hpp"
+
 namespace weft {
 
 // A program is a sequence of 64-bit numbers. Its head:
@@ -23,9 +25,10 @@ enum Head : std::int64_t { inputs, outputs, states, phases, input_order, output_
 enum Space : std::int64_t { input, state, output };
 }  // namespace program
 
-struct BlockSequence {
+template <typename Weight>
+struct BlockSequenceOf {
     const std::int64_t *code;
-    const float *const *matrices;
+    const Weight *const *matrices;
     const float *x;     // (batch, inputs)
     const float *bias;  // (outputs,), or null
     float *out;         // (batch, outputs)
@@ -35,6 +38,7 @@ struct BlockSequence {
 // All arrays contiguous and row-major, none overlapping `out`. The program must stay inside of its arrays:
 // it is not checked here. Uses up to `threads` threads where that pays. Throws std::bad_alloc where its
 // scratch memory cannot be had.
-void block_sequence_apply(const BlockSequence &sequence, int threads);
+void block_sequence_apply(const BlockSequenceOf<float> &sequence, int threads);
+void block_sequence_apply(const BlockSequenceOf<Bfloat16> &sequence, int threads);
 
 }  // namespace weft

@@ -112,7 +112,7 @@ void write_rows(const CodewordMatrix &m, const float *words, std::int64_t begin,
 // Some rows of the weight at a time are written down and multiplied by all vectors.
 void by_rows(const CodewordProduct &p, int threads) {
     const CodewordMatrix &m = p.matrix;
-    const RowsProductKernel product = rows_product_kernel();
+    const RowsProductKernels &product = rows_product_kernels();
     const std::int64_t inputs = m.subspaces * m.width, size = m.width * m.codewords;
     // Whole words, one after the other, which the tables' filling has in columns.
     std::vector<float> words(static_cast<std::size_t>(m.books * size));
@@ -134,7 +134,7 @@ void by_rows(const CodewordProduct &p, int threads) {
         for (std::int64_t i = m.outputs * part / parts; i < end; i += rows_at_a_time) {
             const std::int64_t count = std::min(rows_at_a_time, end - i);
             write(m, words.data(), i, i + count, own);
-            product({p.x, inputs, own, p.bias != nullptr ? p.bias + i : nullptr, p.out + i, m.outputs, p.batch, count,
+            product.floats({p.x, inputs, own, p.bias != nullptr ? p.bias + i : nullptr, p.out + i, m.outputs, p.batch, count,
                      inputs, nullptr});
         }
     };

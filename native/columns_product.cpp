@@ -16,9 +16,9 @@ struct Strip {
     std::int64_t at(int v) const { return v + 1 < Vectors ? v * Vector::width : last; }
 };
 
-template <bool Narrow>
-inline Vector load(const float *from, std::int64_t lanes) {
-    if constexpr (Narrow) return Vector::load_first(from, lanes);
+template <bool Narrow, typename Number>
+inline Vector load(const Number *from, std::int64_t lanes) {
+    if constexpr (Narrow) return load_first(from, lanes);
     else return Vector::load(from);
 }
 
@@ -29,8 +29,8 @@ inline void store(Vector v, float *to, std::int64_t lanes) {
 }
 
 // One input: `Unroll` rows at a time have sums of their own, to hide the latency of the multiply-add.
-template <int Vectors, int Unroll, bool Narrow>
-inline void one_input(const weft::ColumnsProduct &p, Strip<Vectors> strip) {
+template <int Vectors, int Unroll, bool Narrow, typename Weight>
+inline void one_input(const weft::ColumnsProductOf<Weight> &p, Strip<Vectors> strip) {
     Vector sums[Unroll][Vectors];
     for (int u = 0; u < Unroll; ++u)
         for (int v = 0; v < Vectors; ++v)
@@ -38,12 +38,12 @@ inline void one_input(const weft::ColumnsProduct &p, Strip<Vectors> strip) {
                                                      : Vector::zero();
     constexpr std::int64_t early = 768 / (Vectors * Vector::width);  // rows, hence some lines of the cache
     for (std::int64_t s = 0; s < p.segment_count; ++s) {
-        const weft::ColumnsSegment segment = p.segments[s];
-        const weft::ColumnsSegment then = s + 1 < p.segment_count ? p.segments[s + 1] : p.next != nullptr ? *p.next : segment;
-        const float *row = segment.matrix + strip.first;
+        const weft::ColumnsSegmentOf<Weight> segment = p.segments[s];
+        const weft::ColumnsSegmentOf<Weight> then = s + 1 < p.segment_count ? p.segments[s + 1] : p.next != nullptr ? *p.next : segment;
+        const Weight *row = segment.matrix + strip.first;
         const std::int64_t own = segment.count > early ? segment.count - early : 0;
         std::int64_t k = 0;
-        const auto rows = [&](std::int64_t end, const float *ahead, std::int64_t ahead_stride) {
+        const auto rows = [&](std::int64_t end, const Weight *ahead, std::int64_t ahead_stride) {
             for (; k + Unroll <= end; k += Unroll)
                 for (int u = 0; u < Unroll; ++u, row += segment.matrix_stride, ahead += ahead_stride) {
                     const Vector value = Vector::fill(segment.source[k + u]);
@@ -69,8 +69,8 @@ inline void one_input(const weft::ColumnsProduct &p, Strip<Vectors> strip) {
 }
 
 // A tile of Batch inputs by Vectors registers of columns: Batch * Vectors products cost Batch + Vectors loads.
-template <int Vectors, int Batch, bool Narrow>
-inline void tile(const weft::ColumnsProduct &p, Strip<Vectors> strip, std::int64_t input) {
+template <int Vectors, int Batch, bool Narrow, typename Weight>
+inline void tile(const weft::ColumnsProductOf<Weight> &p, Strip<Vectors> strip, std::int64_t input) {
     Vector sums[Batch][Vectors];
     for (int v = 0; v < Vectors; ++v) {
         const Vector start = p.bias != nullptr ? load<Narrow>(p.bias + strip.first + strip.at(v), strip.lanes)
@@ -78,8 +78,8 @@ inline void tile(const weft::ColumnsProduct &p, Strip<Vectors> strip, std::int64
         for (int b = 0; b < Batch; ++b) sums[b][v] = start;
     }
     for (std::int64_t s = 0; s < p.segment_count; ++s) {
-        const weft::ColumnsSegment segment = p.segments[s];
-        const float *row = segment.matrix + strip.first;
+        const weft::ColumnsSegmentOf<Weight> segment = p.segments[s];
+        const Weight *row = segment.matrix + strip.first;
         const float *source = segment.source + input * segment.source_stride;
         for (std::int64_t k = 0; k < segment.count; ++k, row += segment.matrix_stride) {
             Vector weights[Vectors];
@@ -105,8 +105,8 @@ constexpr int widest_strip = 8;
 template <int Vectors>
 constexpr int batch_tile = most_sums / Vectors < 12 ? most_sums / Vectors : 12;
 
-template <int Vectors, bool Narrow>
-inline void strip_product(const weft::ColumnsProduct &p, Strip<Vectors> strip) {
+template <int Vectors, bool Narrow, typename Weight>
+inline void strip_product(const weft::ColumnsProductOf<Weight> &p, Strip<Vectors> strip) {
     if (p.batch == 1) {
         constexpr int unroll = Vectors == 1 ? 8 : Vectors == 2 ? 4 : Vectors <= 4 ? 2 : 1;
         one_input<Vectors, unroll, Narrow>(p, strip);
@@ -128,16 +128,13 @@ inline void strip_product(const weft::ColumnsProduct &p, Strip<Vectors> strip) {
     for (; input < p.batch; ++input) tile<Vectors, 1, Narrow>(p, strip, input);
 }
 
-template <int Vectors>
-inline void wide(const weft::ColumnsProduct &p, std::int64_t first, std::int64_t width) {
+template <int Vectors, typename Weight>
+inline void wide(const weft::ColumnsProductOf<Weight> &p, std::int64_t first, std::int64_t width) {
     strip_product<Vectors, false>(p, {first, width - Vector::width, 0});
 }
 
-}  // namespace
-
-namespace weft::WEFT_VARIANT {
-
-void columns_product(const ColumnsProduct &p) {
+template <typename Weight>
+void columns_product(const weft::ColumnsProductOf<Weight> &p) {
     if (p.outputs < Vector::width) {
         strip_product<1, true>(p, {0, 0, p.outputs});
         return;
@@ -167,5 +164,11 @@ void columns_product(const ColumnsProduct &p) {
         }
     }
 }
+
+}  // namespace
+
+namespace weft::WEFT_VARIANT {
+
+const ColumnsProductKernels columns_product = {::columns_product<float>, ::columns_product<Bfloat16>};
 
 }  // namespace weft::WEFT_VARIANT

@@ -6,23 +6,27 @@
 
 #include <cstdint>
 
+#include "bfloat16.hpp"
+
 namespace weft {
 
 // One part of the sum: `count` rows of a row-major matrix, each met by one number of the source.
-struct ColumnsSegment {
-    const float *matrix;         // first row, first column that counts
+template <typename Weight>
+struct ColumnsSegmentOf {
+    const Weight *matrix;        // first row, first column that counts
     std::int64_t matrix_stride;  // from one row to the next
     const float *source;         // (batch, count), rows source_stride apart
     std::int64_t source_stride;
     std::int64_t count;
 };
 
-struct ColumnsProduct {
-    const ColumnsSegment *segments;
+template <typename Weight>
+struct ColumnsProductOf {
+    const ColumnsSegmentOf<Weight> *segments;
     std::int64_t segment_count;  // none at all gives the bias, or zeros
     // The first that the next product will read, or null: for one input its rows are fetched while the last ones of
     // this product are computed, as no processor foresees the way from block to block.
-    const ColumnsSegment *next;
+    const ColumnsSegmentOf<Weight> *next;
     const float *bias;           // (outputs,), or null
     float *out;                  // (batch, outputs), rows out_stride apart
     std::int64_t out_stride;
@@ -30,22 +34,28 @@ struct ColumnsProduct {
     std::int64_t outputs;
 };
 
-using ColumnsProductKernel = void (*)(const ColumnsProduct &);
+struct ColumnsProductKernels {
+    void (*floats)(const ColumnsProductOf<float> &);
+    void (*halves)(const ColumnsProductOf<Bfloat16> &);
 
-// The copy for this processor.
-ColumnsProductKernel columns_product_kernel();
+    void operator()(const ColumnsProductOf<float> &product) const { floats(product); }
+    void operator()(const ColumnsProductOf<Bfloat16> &product) const { halves(product); }
+};
+
+// The copies for this processor.
+const ColumnsProductKernels &columns_product_kernels();
 
 namespace portable {
-void columns_product(const ColumnsProduct &);
+extern const ColumnsProductKernels columns_product;
 }
 namespace avx2 {
-void columns_product(const ColumnsProduct &);
+extern const ColumnsProductKernels columns_product;
 }
 namespace avx512 {
-void columns_product(const ColumnsProduct &);
+extern const ColumnsProductKernels columns_product;
 }
 namespace neon {
-void columns_product(const ColumnsProduct &);
+extern const ColumnsProductKernels columns_product;
 }
 
 }  // namespace weft

@@ -38,17 +38,18 @@ Range share(std::int64_t count, int part, int parts) {
     return {begin, end - begin};
 }
 
-}  // namespace
-
-void low_rank_apply(const LowRankProduct &p, int threads) {
-    const RowsProductKernel kernel = rows_product_kernel();
+template <typename Weight>
+void apply(const LowRankProductOf<Weight> &p, int threads) {
+    const RowsProductKernels &kernels = rows_product_kernels();
 
     const auto to_hidden = [&](std::int64_t first, std::int64_t batch, Range rows, float *hidden) {
-        kernel({p.x + first * p.inputs, p.inputs, p.right + rows.begin * p.inputs, nullptr,
+        kernels(RowsProductOf<Weight>{
+            p.x + first * p.inputs, p.inputs, p.right + rows.begin * p.inputs, nullptr,
                 hidden + rows.begin, p.rank, batch, rows.size, p.inputs, p.left});
     };
     const auto to_out = [&](std::int64_t first, std::int64_t batch, Range rows, const float *hidden) {
-        kernel({hidden, p.rank, p.left + rows.begin * p.rank, p.bias != nullptr ? p.bias + rows.begin : nullptr,
+        kernels(RowsProductOf<Weight>{
+            hidden, p.rank, p.left + rows.begin * p.rank, p.bias != nullptr ? p.bias + rows.begin : nullptr,
                 p.out + first * p.outputs + rows.begin, p.outputs, batch, rows.size, p.rank, nullptr});
     };
 
@@ -83,5 +84,11 @@ void low_rank_apply(const LowRankProduct &p, int threads) {
         parallel(parts, [&](int part) { to_out(first, batch, share(p.outputs, part, parts), hidden); });
     }
 }
+
+}  // namespace
+
+void low_rank_apply(const LowRankProduct &p, int threads) { apply(p, threads); }
+
+void low_rank_apply(const LowRankProductOf<Bfloat16> &p, int threads) { apply(p, threads); }
 
 }  // namespace weft

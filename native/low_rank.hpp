@@ -3,12 +3,15 @@
 
 #include <cstdint>
 
+#include "bfloat16.hpp"
+
 namespace weft {
 
-struct LowRankProduct {
+template <typename Weight>
+struct LowRankProductOf {
     const float *x;      // (batch, inputs)
-    const float *left;   // L: (outputs, rank)
-    const float *right;  // R: (rank, inputs)
+    const Weight *left;  // L: (outputs, rank)
+    const Weight *right; // R: (rank, inputs)
     const float *bias;   // (outputs,), or null
     float *out;          // (batch, outputs)
     std::int64_t batch;
@@ -19,6 +22,9 @@ struct LowRankProduct {
 
 // All arrays contiguous and row-major, none overlapping `out`. Uses up to `threads` threads where that pays.
 // Throws std::bad_alloc where its scratch memory cannot be had.
+using LowRankProduct = LowRankProductOf<float>;
+
 void low_rank_apply(const LowRankProduct &product, int threads);
+void low_rank_apply(const LowRankProductOf<Bfloat16> &product, int threads);
 
 }  // namespace weft

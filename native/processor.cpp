@@ -134,9 +134,9 @@ bool has_avx512_integers() {
         default: return portable::name;   \
     }
 
-ColumnsProductKernel columns_product_kernel() { WEFT_RETURN_COPY(columns_product) }
+const ColumnsProductKernels &columns_product_kernels() { WEFT_RETURN_COPY(columns_product) }
 
-RowsProductKernel rows_product_kernel() { WEFT_RETURN_COPY(rows_product) }
+const RowsProductKernels &rows_product_kernels() { WEFT_RETURN_COPY(rows_product) }
 const SparseKernels &sparse_kernels() { WEFT_RETURN_COPY(sparse_rows) }
 
 const TableSums &table_sums_kernels() { WEFT_RETURN_COPY(table_sums) }

@@ -99,7 +99,7 @@ constexpr std::int64_t slice = 128;
 void by_decoded_rows(const QuantizedProduct &p, const float *x, int threads) {
     const QuantizedLeaf &leaf = quantized_leaf();
     const QuantizedMatrix &m = p.matrix;
-    const RowsProductKernel product = rows_product_kernel();
+    const RowsProductKernels &product = rows_product_kernels();
     const int parts = parts_of(p.batch * m.inputs * m.outputs, threads);
     const std::int64_t each = 4 * m.inputs, codes_each = m.inputs + integer_padding;
     float *all = at_least(scratch().decoded, parts * each);
@@ -111,7 +111,7 @@ void by_decoded_rows(const QuantizedProduct &p, const float *x, int threads) {
                 const std::int64_t count = std::min<std::int64_t>(4, end - row);
                 for (std::int64_t r = 0; r < count; ++r)
                     decode_row(m, leaf, row + r, all_codes + part * codes_each, decoded + r * m.inputs);
-                product({x + first * m.inputs, m.inputs, decoded, p.bias != nullptr ? p.bias + row : nullptr,
+                product.floats({x + first * m.inputs, m.inputs, decoded, p.bias != nullptr ? p.bias + row : nullptr,
                          p.out + first * m.outputs + row, m.outputs, std::min(slice, p.batch - first), count, m.inputs,
                          nullptr});
             }

@@ -3,37 +3,48 @@
 
 #include <cstdint>
 
+#include "bfloat16.hpp"
+
 namespace weft {
 
-struct RowsProduct {
+template <typename Weight>
+struct RowsProductOf {
     const float *x;           // (batch, columns), rows x_stride apart
     std::int64_t x_stride;
-    const float *rows;        // (count, columns), contiguous
+    const Weight *rows;       // (count, columns), contiguous
     const float *bias;        // (count,), or null
     float *out;               // (batch, count), rows out_stride apart
     std::int64_t out_stride;
     std::int64_t batch;
     std::int64_t count;
     std::int64_t columns;
-    const float *then;        // what will be read after the last rows, or null
+    const Weight *then;       // what will be read after the last rows, or null
 };
 
-using RowsProductKernel = void (*)(const RowsProduct &);
+using RowsProduct = RowsProductOf<float>;
 
-// The copy for this processor, and what its instruction set is called.
-RowsProductKernel rows_product_kernel();
+struct RowsProductKernels {
+    void (*floats)(const RowsProduct &);
+    void (*halves)(const RowsProductOf<Bfloat16> &);
+
+    void operator()(const RowsProduct &product) const { floats(product); }
+    void operator()(const RowsProductOf<Bfloat16> &product) const { halves(product); }
+};
+
+// The copies for this processor.
+const RowsProductKernels &rows_product_kernels();
 
 namespace portable {
-void rows_product(const RowsProduct &);
+extern const RowsProductKernels rows_product;
 }
 namespace avx2 {
-void rows_product(const RowsProduct &);
+extern const RowsProductKernels rows_product;
 }
 namespace avx512 {
-void rows_product(const RowsProduct &);
+extern const RowsProductKernels rows_product;
 }
 namespace neon {
-void rows_product(const RowsProduct &);
+extern const RowsProductKernels rows_product;
 }
 
 }  // namespace weft

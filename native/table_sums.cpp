@@ -54,7 +54,7 @@ void add(const float *tables, const std::uint8_t *codes, std::int64_t stride, st
          float *sums) {
     constexpr std::int64_t early = 12;  // rows, as long as a line of the cache takes from memory
     for (std::int64_t i = 0; i < rows; ++i, codes += stride) {
-        fetch_ahead(reinterpret_cast<const float *>(codes + (i + early < rows ? early * stride : 0)));
+        fetch_ahead(codes + (i + early < rows ? early * stride : 0));
         sums[i] += row_sum(tables, codes, columns);
     }
 }

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "bfloat16.hpp"
+
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON) && defined(__aarch64__)
@@ -24,6 +26,10 @@ struct Vector {
 
     static Vector zero() { return {_mm512_setzero_ps()}; }
     static Vector load(const float *from) { return {_mm512_loadu_ps(from)}; }
+    static Vector load(const weft::Bfloat16 *from) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+    }
     // The first `count` floats (0 <= count < width), zero in the other lanes.
     static Vector load_first(const float *from, std::int64_t count) {
         return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), from)};
@@ -53,6 +59,10 @@ struct Vector {
 
     static Vector zero() { return {_mm256_setzero_ps()}; }
     static Vector load(const float *from) { return {_mm256_loadu_ps(from)}; }
+    static Vector load(const weft::Bfloat16 *from) {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))};
+    }
     static Vector load_first(const float *from, std::int64_t count) {
         return {_mm256_maskload_ps(from, first(count))};
     }
@@ -85,6 +95,9 @@ struct Vector {
 
     static Vector zero() { return {vdupq_n_f32(0.0f)}; }
     static Vector load(const float *from) { return {vld1q_f32(from)}; }
+    static Vector load(const weft::Bfloat16 *from) {
+        return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const std::uint16_t *>(from)), 16))};
+    }
     static Vector load_first(const float *from, std::int64_t count) {
         float first[width] = {};
         for (std::int64_t i = 0; i < count; ++i) first[i] = from[i];
@@ -111,6 +124,11 @@ struct Vector {
 
     static Vector zero() { return {}; }
     static Vector load(const float *from) { return load_first(from, width); }
+    static Vector load(const weft::Bfloat16 *from) {
+        Vector result = {};
+        for (std::int64_t i = 0; i < width; ++i) result.lanes[i] = weft::widened(from[i]);
+        return result;
+    }
     static Vector load_first(const float *from, std::int64_t count) {
         Vector result = {};
         for (std::int64_t i = 0; i < count; ++i) result.lanes[i] = from[i];
@@ -139,10 +157,18 @@ struct Vector {
 
 #endif
 
+// The first `count` numbers, zero in the other lanes.
+inline Vector load_first(const float *from, std::int64_t count) { return Vector::load_first(from, count); }
+inline Vector load_first(const weft::Bfloat16 *from, std::int64_t count) {
+    weft::Bfloat16 first[Vector::width] = {};
+    for (std::int64_t i = 0; i < count; ++i) first[i] = from[i];
+    return Vector::load(first);
+}
+
 // Asks for the line of the cache that an address lies in, which need not be one that may be read.
-inline void fetch_ahead(const float *at) {
+inline void fetch_ahead(const void *at) {
 #if defined(__AVX2__) || defined(__AVX512F__)
-    _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T0);
+    _mm_prefetch(static_cast<const char *>(at), _MM_HINT_T0);
 #elif defined(__GNUC__) || defined(__clang__)
     __builtin_prefetch(at);
 #else

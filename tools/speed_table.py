@@ -24,7 +24,8 @@ def main() -> None:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     table += [
-        f"| `{row['name']}` | {row['shape'][0]}×{row['shape'][1]} | {row['batch']} | {row['bytes']:.3f} "
+        f"| `{row['name']}`{kind(line)} | {row['shape'][0]}×{row['shape'][1]} | {row['batch']} "
+        f"| {row['bytes']:.3f} "
         f"| {row['dense']['median'] * 1e6:.1f} µs | {row['structured']['median'] * 1e6:.1f} µs "
         f"| **{row['ratio']:.3f}** | {'≤' if row['met'] else 'missed:'} {row['target']:.3f} "
         f"| {cold[line]['ratio']:.3f} |"
@@ -33,12 +34,17 @@ def main() -> None:
     machine = next(iter(lines.values()))["environment"]
     table += [
         "",
-        "One linear layer in float32 on one thread, module call and bias included, in turns with `F.linear`;",
-        "time and bytes are shares of the dense layer's. Before every timed call the same one ran four times",
-        "or, in the last column, the caches were filled with other numbers, as they are inside of a large",
-        f"network ({machine['processor']}, torch {machine['torch']}, kernels: {machine['kernels']}).",
+        "One linear layer on one thread, in float32 but where it says so, module call and bias included, in",
+        "turns with `F.linear`; time and bytes are shares of the dense layer's. Before every timed call the same",
+        "one ran four times or, in the last column, the caches were filled with other numbers, as they are inside",
+        f"of a large network ({machine['processor']}, torch {machine['torch']}, kernels: {machine['kernels']}).",
     ]
     replace_table(MARK, "\n".join(table))
+
+
+def kind(line: str) -> str:
+    """What a line says of its numbers where they are not of float32."""
+    return " bfloat16" if line.endswith("bfloat16") else ""
 
 
 def asked(row: dict, cache: str) -> bool:

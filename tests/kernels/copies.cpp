@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "bfloat16.hpp"
 #include "block_sequence.hpp"
 #include "codewords.hpp"
 #include "low_rank.hpp"
@@ -36,6 +37,12 @@ Bytes codes(std::int64_t count) {
     Bytes values(static_cast<std::size_t>(count));
     for (std::uint8_t &value : values) value = static_cast<std::uint8_t>(generator());
     return values;
+}
+
+std::vector<weft::Bfloat16> halves(const Floats &values) {
+    std::vector<weft::Bfloat16> found;
+    for (const float value : values) found.push_back(weft::narrowed(value));
+    return found;
 }
 
 std::string copy;
@@ -64,7 +71,14 @@ void low_rank(std::int64_t batch, std::int64_t inputs, std::int64_t rank, std::i
     const Floats x = drawn(batch * inputs), left = drawn(outputs * rank), right = drawn(rank * inputs);
     const Floats bias = drawn(outputs);
     compare("low rank", batch * outputs, [&](float *out) {
-        weft::low_rank_apply({x.data(), left.data(), right.data(), bias.data(), out, batch, inputs, rank, outputs}, 2);
+        weft::low_rank_apply(
+            weft::LowRankProduct{x.data(), left.data(), right.data(), bias.data(), out, batch, inputs, rank, outputs}, 2);
+    });
+    const std::vector<weft::Bfloat16> small_left = halves(left), small_right = halves(right);
+    compare("low rank of halves", batch * outputs, [&](float *out) {
+        weft::low_rank_apply(weft::LowRankProductOf<weft::Bfloat16>{x.data(), small_left.data(), small_right.data(),
+                                                                    bias.data(), out, batch, inputs, rank, outputs},
+                             2);
     });
 }
 
@@ -76,7 +90,14 @@ void block(std::int64_t batch, std::int64_t inputs, std::int64_t outputs) {
     std::vector<std::int64_t> code = {inputs, outputs, 0, 1, 0, 0, 1, inputs * outputs, 1, 2, 0, outputs, 2,
                                       0, 0, outputs, 0, 0, half, 0, half * outputs, outputs, 0, half, inputs - half};
     compare("blocks", batch * outputs, [&](float *out) {
-        weft::block_sequence_apply({code.data(), matrices, x.data(), bias.data(), out, batch}, 2);
+        weft::block_sequence_apply(
+            weft::BlockSequenceOf<float>{code.data(), matrices, x.data(), bias.data(), out, batch}, 2);
+    });
+    const std::vector<weft::Bfloat16> small = halves(matrix);
+    const weft::Bfloat16 *small_matrices[] = {small.data()};
+    compare("blocks of halves", batch * outputs, [&](float *out) {
+        weft::block_sequence_apply(
+            weft::BlockSequenceOf<weft::Bfloat16>{code.data(), small_matrices, x.data(), bias.data(), out, batch}, 2);
     });
 }
 

@@ -86,6 +86,7 @@ def _introduce_torch(*, by_exchange: bool) -> None:
         Tensor,
         Parameter,
         torch.float32,
+        torch.bfloat16,
         torch.uint8,
         torch.is_grad_enabled,
         questions,
