@@ -35,9 +35,10 @@ def main() -> None:
     table += [
         "",
         "One linear layer on one thread, in float32 but where it says so, module call and bias included, in",
-        "turns with `F.linear`; time and bytes are shares of the dense layer's. Before every timed call the same",
-        "one ran four times or, in the last column, the caches were filled with other numbers, as they are inside",
-        f"of a large network ({machine['processor']}, torch {machine['torch']}, kernels: {machine['kernels']}).",
+        "turns with `F.linear`; time and bytes are shares of the dense layer's. Before every timed call the",
+        "same one ran four times or, in the last column, the caches were filled with other numbers, as they",
+        "are inside of a large network",
+        f"({machine['processor']}, torch {machine['torch']}, kernels: {machine['kernels']}).",
     ]
     replace_table(MARK, "\n".join(table))
 
