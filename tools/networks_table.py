@@ -35,8 +35,9 @@ def main() -> None:
     lines += [
         "Medians of calls in turns; PyTorch's eager mode where nothing else is said, in which small networks",
         "on two threads mostly wait for each other. Agreement with the dense network on real inputs: mean",
-        "cosine of the sentences' vectors, or share of images of the same class. Nothing is trained; no data for",
-        f"MiniLM ({machine['processor']}, torch {machine['torch']}, onnxruntime {machine['onnxruntime']}).",
+        "cosine of the sentences' vectors, or share of images of the same class. Nothing is trained; no data",
+        "for MiniLM",
+        f"({machine['processor']}, torch {machine['torch']}, onnxruntime {machine['onnxruntime']}).",
     ]
     replace_table(MARK, "\n".join(lines))
 
