@@ -293,7 +293,7 @@ def keep_rows(records: Records, quick: bool) -> None:
     if not quick:
         ways += [
             ("mnist", ("LowRank",), "multiply_adds"),
-            ("resnet20", ("LowRank", "Separable", "Quantized", "DividedRows"), "bytes"),
+            ("resnet20", ("Quantized", "DividedRows"), "bytes"),
             ("resnet20", ("LowRank", "Separable"), "multiply_adds"),
         ]
     for network, families, minimise in ways:

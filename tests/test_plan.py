@@ -242,6 +242,30 @@ def test_wrappers_fit_nothing_twice_and_nothing_that_is_dominated(monkeypatch: p
     assert any(isinstance(point.structure, DividedRows) for point in curve)
 
 
+def test_wrappers_are_offered_the_useful_sizes_of_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = (
+        torch.linalg.qr(torch.randn(96, 64)).Q @ torch.diag(0.7 ** torch.arange(64.0)) @ torch.randn(64, 64)
+    )
+    model = nn.Sequential(nn.Linear(64, 96))
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+    offered: list[Structure] = []
+
+    def points(_: type, structures: Sequence[Structure], *__: Any, **___: Any) -> list[Candidate]:
+        offered.extend(structures)
+        return []
+
+    monkeypatch.setattr(DividedRows, "points", classmethod(points))
+    survey = weft.survey(model)
+    error_curves(survey, [LowRank, Quantized, DividedRows])
+    alone = {point.structure: point.error for point in error_curves(survey, [Quantized])["0"]}
+    parts = {part for structure in offered if isinstance(structure, DividedRows) for part in structure.parts}
+    sizes = {part for part in parts if isinstance(part, Quantized)}
+    assert 5 <= len(sizes) <= 8  # also where another family has more sizes that nothing beats
+    assert all(alone[part] < 0.7 for part in sizes)
+
+
 def test_processes_compute_the_same_curves(surveyed: tuple[nn.Sequential, Survey]) -> None:
     _, survey = surveyed
     alone = error_curves(survey, [LowRank])
