@@ -10,11 +10,9 @@ no speed is reported for a wrong product.
 
 import argparse
 import json
-import subprocess
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from weft.bench import surroundings
 from weft.kernels import codebook_apply, quantized_apply
 from weft.kernels.quantized import dequantize, look_up, pack, quantize_activations
-from weft.measure import environment, threads, time_alternating
+from weft.measure import threads, time_alternating
 
 try:
     import onnx
@@ -254,17 +253,6 @@ def rows(shape: tuple[int, int], batch: int, count: int, seconds: float) -> list
     return result
 
 
-def surroundings() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    found = {}
-    for package in ("onnxruntime", "torchao", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return {**environment(), **found, "commit": commit.stdout.strip()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -286,7 +274,7 @@ def main() -> None:
                     outputs, inputs = (int(size) for size in text.split("x"))
                     for batch in arguments.batches:
                         fresh += rows((outputs, inputs), batch, count, arguments.seconds)
-    setting = surroundings()
+    setting = surroundings("onnxruntime", "torchao", "numpy")
     for row in fresh:
         row["commit"] = setting["commit"]
 
