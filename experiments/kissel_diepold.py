@@ -23,6 +23,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -277,8 +279,9 @@ def described(small: nn.Module, log: list[dict[str, Any]], task: Task) -> dict[s
     }
 
 
-def first_row(task: Task, family: str, seed: int) -> dict[str, Any]:
+def first_row(given: Callable[[], Task], family: str, seed: int) -> dict[str, Any]:
     """Figure 1 for one family and one seed."""
+    task = given()
     plan = task.plan(family, SHARE)
     approximated, log = weft.compress(task.model, plan, task.survey, shown=False)
     scheme, options = task.scheme(seed, task.epochs), task.training(seed)
@@ -290,8 +293,9 @@ def first_row(task: Task, family: str, seed: int) -> dict[str, Any]:
     return {**described(approximated, log, task), "epochs": task.epochs, **found}
 
 
-def second_row(task: Task, family: str, share: float) -> dict[str, Any]:
+def second_row(given: Callable[[], Task], family: str, share: float) -> dict[str, Any]:
     """Figure 2 for one family and share."""
+    task = given()
     plan = task.plan(family, share)
     approximated, log = weft.compress(task.model, plan, task.survey, shown=False)
     epochs = max(1, task.epochs // 3)
@@ -344,19 +348,19 @@ def main() -> None:
     if given.model is None:
         first.append((LENET, None))
         networks.append(LENET)
-    wanted = [(*which, family, seed) for which in first for seed in range(seeds) for family in FAMILIES]
-    for name, number, family, seed in track(wanted, "figure 1"):
+    shares = SHARES[:2] if given.quick else SHARES
+    # Each figure's rough form first: an interrupted run has something of all.
+    rows: list[tuple[int, Callable[[], Any]]] = []
+    for seed, (name, number), family in product(range(seeds), first, FAMILIES):
         key = {"network": name, "classes": number, "family": family}
-        row = partial(
-            lambda *which: first_row(tasks.task(*which[:2]), *which[2:]), name, number, family, seed
-        )
-        records.row("figure 1", key, row, seed=seed)
-    for name in networks:
-        shares = SHARES[:2] if given.quick else SHARES
-        for share, family in track([(share, family) for share in shares for family in FAMILIES], "figure 2"):
-            key = {"network": name, "family": family, "share_asked": share}
-            row = partial(lambda *which: second_row(tasks.task(which[0]), *which[1:]), name, family, share)
-            records.row("figure 2", key, row)
+        make = partial(first_row, partial(tasks.task, name, number), family, seed)
+        rows.append((seed, partial(records.row, "figure 1", key, make, seed=seed)))
+    for (place, share), name, family in product(enumerate(shares), networks, FAMILIES):
+        key = {"network": name, "family": family, "share_asked": share}
+        make = partial(second_row, partial(tasks.task, name), family, share)
+        rows.append((place // 2, partial(records.row, "figure 2", key, make)))
+    for _, run in track(sorted(rows, key=itemgetter(0)), "figures 1 and 2"):
+        run()
     for row in track(records.of("figure 2"), "times"):
         key = {name: row[name] for name in ("network", "family", "share_asked")}
         task = tasks.task(row["network"])
