@@ -411,6 +411,8 @@ def sheets(records: Records) -> Iterator[Sheet]:
         timed = times.get((row["network"], row["family"], row["share_asked"]))
         return "-" if timed is None else f"{timed['over_dense']:.2f}"
 
+    if not records.of("figure 2"):
+        return
     yield Sheet(
         "Figure 2: by the share of the layers' parameters",
         (
