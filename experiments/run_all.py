@@ -75,9 +75,7 @@ EXPERIMENTS = (
     Experiment("deep_compression", by_row=False, quick=False),
     Experiment("bytes_frontier", quick=False),
     Experiment("resnet20_convolutions", by_row=False, quick=False),
-    Experiment("planner", ("resnet20",), quick=False),
-    Experiment("planner", ("minilm",), quick=False),
-    Experiment("planner", ("keep",), quick=False),
+    Experiment("planner"),
 )
 
 

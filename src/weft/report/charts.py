@@ -331,14 +331,14 @@ def _training_chart(values: Sequence[float], group: int, quantity: str, unit: st
 
 
 def runs_chart(runs: Sequence[Mapping[str, Any]], metric: str) -> Chart:
-    """Several runs: the metric by each kind of cost, among which buttons choose.
+    """Several runs: the metric by each kind of cost, among which the page's menu chooses.
 
     Args:
         runs: name, value, dense_value, and shares: cost -> share of the dense network's, None where unknown.
         metric: its name.
 
     Returns:
-        The chart.
+        The chart, drawn by the first cost; `layout.meta.costs` holds the places of all traces by each.
     """
     costs = [name for name in runs[0]["shares"] if all(run["shares"].get(name) for run in runs)]
     traces = []
@@ -366,34 +366,14 @@ def runs_chart(runs: Sequence[Mapping[str, Any]], metric: str) -> Chart:
         "marker": {"size": 13, "symbol": "star", "color": "var(--dense)"},
         "hovertemplate": "dense<br>" + html.escape(metric) + " %{y:.4f}<extra></extra>",
     })
-    buttons = [
-        {
-            "label": words(name),
-            "method": "restyle",
-            "args": [{"x": [*([run["shares"][name]] for run in runs), [1.0] * len(dense)]}],
-        }
-        for name in costs
-    ]
-    chart = _chart(
+    beside = {name: [*([run["shares"][name]] for run in runs), [1.0] * len(dense)] for name in costs}
+    return _chart(
         traces,
         xaxis=_axis("share of the dense network", tickformat=".0%", rangemode="tozero"),
         yaxis=_axis(html.escape(metric)),
         height=420,
+        meta={"costs": {words(name): places for name, places in beside.items()}},
     )
-    chart["layout"]["updatemenus"] = [
-        {
-            "buttons": buttons,
-            "x": 1,
-            "xanchor": "right",
-            "y": 0.04,
-            "yanchor": "bottom",
-            "bgcolor": "var(--surface)",
-            "bordercolor": "var(--line)",
-            "font": {"color": "var(--text)", "size": 13},
-            "showactive": False,
-        }
-    ]
-    return chart
 
 
 # -- parts

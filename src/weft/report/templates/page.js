@@ -73,6 +73,10 @@
   const drawn = new Set();
   const drawOne = (place) => {
     const chart = charts(place.dataset.chart);
+    const cost = document.querySelector(".cost");
+    if (cost && chart.layout.meta) {
+      chart.data.forEach((trace, index) => { trace.x = chart.layout.meta.costs[cost.value][index]; });
+    }
     chart.layout.dragmode = touched.matches ? false : "zoom"; // a finger scrolls the page
     window.Plotly.react(place, chart.data, chart.layout, { responsive: true, displayModeBar: false });
     if (drawn.has(place)) return;
@@ -104,6 +108,8 @@
     document.head.append(script);
     ready = true;
     draw(document);
+    const cost = document.querySelector(".cost");
+    if (cost) cost.addEventListener("change", () => drawn.forEach(drawOne));
     dark.addEventListener("change", () => {
       drawn.forEach((place) => {
         if (place.offsetParent) drawOne(place);
