@@ -1,103 +1,138 @@
-"""The pages of two real runs, and what they look like: docs/screenshots/*.png.
+"""The pages of real runs, and what they look like: docs/screenshots/*.png.
 
     python experiments/pages.py                  # MiniLM by bytes, ResNet-20 by multiply-adds
     python experiments/pages.py resnet20
     python experiments/pages.py --screenshots    # only of pages that are there; needs Chromium: make browser
 
-Runs and pages go to build/pages. Skips with a message where packages or data are absent.
+Runs and pages go to build/pages; steps whose files are there are not done again. Skips with a message where
+packages or data are absent.
 """
 
 import argparse
+import io
+import os
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import planner
-import torch
+import sentences
+from data import shared_file
 from torch import nn
 
 import weft
 from weft.plan.error_curves import error_curves
-from weft.report.report import write_comparison
-from weft.sources import load_data
 from weft.structures import select
+from weft.structures.base import Candidate, relative_error
+from weft.structures.quantized import Quantized
+from weft.survey import LayerSurvey
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "build" / "pages"
 SCREENSHOTS = ROOT / "docs" / "screenshots"
+BITS = (8, 4)
 
 
 def minilm() -> None:
-    """The planner's sentence encoder at a seventh of its bytes, without training."""
-    setting = planner.sentence_encoder()
-    plan, families = _planned(setting, "bytes", 0.141)
-    small, log = weft.compress(setting.model, plan, setting.survey, batches=setting.calibration)
+    """A sentence encoder at a quarter of its bytes, without training: low rank, or rounded to a few bits."""
+    model = sentences.sentence_encoder()
+    calibration, held_out = sentences.calibration_and_evaluation()
+    reference = sentences.embeddings(model, held_out)
 
     def cosine(network: nn.Module, _: object) -> float:
-        return setting.evaluate(network)["cosine"]
+        return sentences.agreement(sentences.embeddings(network, held_out), reference)["cosine"]
 
-    report = weft.measure(
-        small, against=setting.model, data=setting.calibration, metric=cosine, batches=(1, 16), seconds=4.0
-    )
-    _write("minilm", "MiniLM sentence embeddings", report, plan, log, families)
-
-
-def resnet20() -> None:
-    """The planner's ResNet-20 at half and at 35 % of its multiply-adds, tuned on 4,000 images."""
-    setting = planner.cifar_network()
-    data = load_data(f"{planner.HERE / 'data.py'}:cifar10")
-    for name, share in (("resnet20", 0.5), ("resnet20_third", 0.35)):
-        plan, families = _planned(setting, "multiply_adds", share)
-        small, fits = weft.compress(setting.model, plan, setting.survey, batches=setting.calibration)
-        torch.manual_seed(0)
-        small, steps = weft.fine_tune(
-            small,
-            data.batches("train", batch_size=64, shuffle=True, limit=4000),
-            teacher=setting.model,
-            epochs=2,
-            learning_rate=1e-3,
-            validation=data.batches("test", batch_size=250, limit=1000),
-        )
-        held_out = data.batches("test", batch_size=250)
-        report = weft.measure(
-            small.eval(), against=setting.model, data=held_out, batches=(1, 16), seconds=4.0
-        )
-        _write(name, "ResNet-20 on CIFAR-10", report, plan, [*fits, *steps], families)
-    write_comparison([PAGES / "resnet20.json", PAGES / "resnet20_third.json"], PAGES / "compared.html")
-
-
-def _planned(setting: planner.Setting, limit: str, share: float) -> tuple[weft.Plan, tuple[str, ...]]:
-    """The plan, from the curves that experiments/planner.py keeps, and the families that it was offered."""
-    groups = setting.families[limit]
-    drawn = [error_curves(setting.survey, select(list(names)), cache=planner.CACHE) for names in groups]
-    curves = {name: [point for own in drawn for point in own[name]] for name in setting.survey.layers}
-    families = tuple(name for names in groups for name in names)
-    return weft.allocate(setting.survey, families, weft.Budget(**{limit: share}), curves=curves), families
-
-
-def _write(
-    name: str, title: str, report: weft.Report, plan: weft.Plan, log: list, families: tuple[str, ...]
-) -> None:
-    PAGES.mkdir(parents=True, exist_ok=True)
+    found = weft.survey(model, calibration)
+    curves = {
+        name: [*curve, *_rounded(found.layers[name])]
+        for name, curve in error_curves(found, select("LowRank")).items()
+    }
+    families = ("LowRank", "Quantized")
+    plan = weft.allocate(found, families, weft.Budget(bytes=0.25), curves=curves)
+    small, log = weft.compress(model, plan, found, batches=calibration)
+    report = weft.measure(small, against=model, data=calibration, metric=cosine, batches=(1, 16), seconds=4.0)
     assert plan.budget is not None
     assert plan.pareto is not None
     told = {
-        "command": shlex.join(["python", "experiments/pages.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "experiments/pages.py", "minilm"]),
         "asked": f"{plan.budget.in_words()}, from {', '.join(families)}",
     }
-    report.save(PAGES / f"{name}.json", **told)
-    curves = plan.pareto.to_json()
-    path = report.write_html(
-        PAGES / f"{name}.html", title=title, log=log, pareto=curves, others=plan.others, **told
+    report.save(PAGES / "minilm.json", **told)
+    report.write_html(
+        PAGES / "minilm.html",
+        title="MiniLM sentence embeddings",
+        log=log,
+        pareto=plan.pareto.to_json(),
+        others=plan.others,
+        **told,
     )
     print(report)
-    print(f"wrote {path}")
+
+
+def _rounded(layer: LayerSurvey) -> list[Candidate]:
+    """The layer's weight in 8 and in 4 bits."""
+    metrics = {"input_gram": layer.input_gram, "output_gram": layer.output_gram}
+    points = []
+    for bits in BITS:
+        member = Quantized(bits).fit(layer.weight, **metrics)
+        error = relative_error(layer.weight, member.to_dense(), **metrics)
+        points.append(Candidate(member.structure, layer.per_sample(member.cost(layer.geometry)), error))
+    return points
+
+
+def resnet20() -> None:
+    """ResNet-20 at half of its multiply-adds with an epoch of training, and at 35 % without, by the shell."""
+    weights, data = os.path.relpath(shared_file("cifar10/resnet20.npz"), ROOT), "experiments/data.py:cifar10"
+    out = os.path.relpath(PAGES, ROOT)
+    families = "LowRank,Separable,Tucker"
+    _weft(
+        [
+            "survey",
+            "experiments/models.py:resnet20",
+            "--weights",
+            weights,
+            "--data",
+            data,
+            "--samples",
+            "1000",
+        ],
+        f"{out}/survey.json",
+    )
+    for name, share in (("half", "0.5"), ("third", "0.35")):
+        budget = ["--budget", f"multiply_adds={share}", "--families", families]
+        _weft(["plan", f"{out}/survey.json", *budget], f"{out}/{name}_plan.json")
+        _weft(["compress", f"{out}/{name}_plan.json", "--data", data], f"{out}/{name}.safetensors")
+    tuning = ["--epochs", "1", "--learning-rate", "1e-4", "--log", f"{out}/half.jsonl"]
+    _weft(["finetune", f"{out}/half.safetensors", "--data", data, *tuning], f"{out}/tuned.safetensors")
+    for name, file in (("resnet20", "tuned"), ("resnet20_third", "third")):
+        evaluated = ["evaluate", f"{out}/{file}.safetensors", "--data", data, "--limit", "1000"]
+        _weft(evaluated, f"{out}/{name}.json")
+    told = [
+        "--title",
+        "ResNet-20 on CIFAR-10",
+        "--plan",
+        f"{out}/half_plan.json",
+        "--log",
+        f"{out}/half.jsonl",
+    ]
+    _weft(["report", f"{out}/resnet20.json", *told], f"{out}/resnet20.html", anew=True)
+    compared = ["report", f"{out}/resnet20.json", f"{out}/resnet20_third.json"]
+    _weft(compared, f"{out}/compared.html", anew=True)
+
+
+def _weft(arguments: Sequence[str], output: str, *, anew: bool = False) -> None:
+    """One command in the root folder, unless what it writes is there."""
+    if anew or not (ROOT / output).exists():
+        print(shlex.join(["weft", *arguments, "-o", output]), flush=True)
+        command = [str(Path(sys.executable).parent / "weft"), *arguments, "-o", output]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def screenshots() -> None:
     """Pages as they look at 1400 pixels in light and at 400 in dark colours, one layer open."""
     sys.path.insert(0, str(ROOT))
+    from PIL import Image
     from tests.browser import chromium, look
 
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -106,7 +141,8 @@ def screenshots() -> None:
             for width, scheme in ((1400, "light"), (400, "dark")):
                 picture = look(browser, page, width, scheme, open_layer=1)
                 path = SCREENSHOTS / f"{page.stem}_{width}.png"
-                path.write_bytes(picture)
+                # Of 128 colours: a third of the size, and nobody sees it.
+                Image.open(io.BytesIO(picture)).convert("RGB").quantize(128).save(path, optimize=True)
                 print(f"wrote {path}")
 
 
@@ -120,6 +156,7 @@ def main() -> None:
     parser.add_argument("run", nargs="*", choices=[*RUNS, []])
     parser.add_argument("--screenshots", action="store_true")
     given = parser.parse_args()
+    PAGES.mkdir(parents=True, exist_ok=True)
     for name in given.run or ([] if given.screenshots else RUNS):
         try:
             RUNS[name]()
