@@ -437,6 +437,47 @@ inline void four_sums(const Floats (&of)[4], float *out) {
 }
 inline void fetch_ahead(const uint8_t *at) { _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T0); }
 
+// The sums across the lanes of sixteen registers, that of [r][v] in lane 4 v + r.
+inline __m512i sixteen_sums(const Sums (&of)[4][4]) {
+    const auto both = [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); };
+    __m512i fours[4];  // in every quarter the sums of the four rows' own quarters
+    for (int v = 0; v < 4; ++v) {
+        const __m512i low = both(_mm512_unpacklo_epi32(of[0][v], of[1][v]), _mm512_unpackhi_epi32(of[0][v], of[1][v]));
+        const __m512i high = both(_mm512_unpacklo_epi32(of[2][v], of[3][v]), _mm512_unpackhi_epi32(of[2][v], of[3][v]));
+        fours[v] = both(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+    }
+    __m512i halves[2];
+    for (int i = 0; i < 2; ++i)
+        halves[i] = both(_mm512_shuffle_i32x4(fours[2 * i], fours[2 * i + 1], 0x44),
+                         _mm512_shuffle_i32x4(fours[2 * i], fours[2 * i + 1], 0xEE));
+    return both(_mm512_shuffle_i32x4(halves[0], halves[1], 0x88), _mm512_shuffle_i32x4(halves[0], halves[1], 0xDD));
+}
+
+// The same four numbers in every quarter, and each of four numbers all over its own quarter.
+inline Floats by_row(const float *four) { return _mm512_broadcast_f32x4(_mm_loadu_ps(four)); }
+inline Floats by_vector(const float *four) {
+    const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(_mm_loadu_ps(four)));
+}
+
+// Four rows of one scale each against four vectors of one digit: what stands around the products takes as long as
+// the products themselves where rows are short, unless all sixteen results share it.
+template <int Bits>
+inline void finish_sixteen(const weft::IntegerRows &p, const Sums (&sums)[4][4], int64_t row, int64_t input) {
+    constexpr float middle = 1 << (Bits - 1);
+    const Floats zero_codes = p.zeros != nullptr ? by_row(p.zeros + row) : _mm512_set1_ps(middle);
+    const Floats excess = multiply(zero_codes, by_vector(p.sums + input));
+    const Floats scaled = multiply(by_row(p.scales + row), _mm512_sub_ps(to_floats(sixteen_sums(sums)), excess));
+    Floats y = multiply(by_vector(p.widths + input), scaled);
+    if (p.bias != nullptr) y = add(y, by_row(p.bias + row));
+    float *out = p.out + input * p.outputs + row;
+    _mm_storeu_ps(out, _mm512_castps512_ps128(y));
+    _mm_storeu_ps(out + p.outputs, _mm512_extractf32x4_ps(y, 1));
+    _mm_storeu_ps(out + 2 * p.outputs, _mm512_extractf32x4_ps(y, 2));
+    _mm_storeu_ps(out + 3 * p.outputs, _mm512_extractf32x4_ps(y, 3));
+}
+#define WEFT_SIXTEEN_AT_ONCE
+
 #elif defined(__AVX2__)
 
 constexpr int step = 32;
@@ -683,6 +724,9 @@ inline void shared_steps(const weft::IntegerRows &p, const Tile<Rows, Vectors> &
         }
 }
 
+// The sums of products of codes and whole numbers over a row of no more inputs stay below 2^31.
+constexpr int64_t longest_sum = 1 << 16;
+
 // Rows of codes against the vectors of whole numbers that Batch inputs were made into, Digits for each.
 template <int Bits, int Rows, int Batch, int Digits, bool Careful>
 inline void integer_tile(const weft::IntegerRows &p, int64_t row, int64_t input) {
@@ -693,6 +737,18 @@ inline void integer_tile(const weft::IntegerRows &p, int64_t row, int64_t input)
     tile.codes_end = p.codes_end;
     tile.ahead = Rows * p.row_bytes;
     const float *scales = p.scales + row * p.groups;
+
+#if defined(WEFT_SIXTEEN_AT_ONCE)
+    if constexpr (Rows == 4 && Batch == 4 && Digits == 1 && !Careful) {
+        if (p.groups == 1 && p.inputs <= longest_sum) {
+            Sums sums[Rows][vectors];
+            for (int r = 0; r < Rows; ++r)
+                for (int v = 0; v < vectors; ++v) sums[r][v] = no_sums();
+            add_steps<Bits, Careful>(tile, 0, (p.inputs + step - 1) / step, sums);
+            return finish_sixteen<Bits>(p, sums, row, input);
+        }
+    }
+#endif
 
     Results<Rows, vectors> results;
     for (int r = 0; r < Rows; ++r)

@@ -408,6 +408,15 @@ def test_vectors_are_rounded_as_the_reference_rounds_them(copy_of_the_kernels):
     assert expected[0, :4].tolist() == [-48.0, -46.0, -46.0, -44.0]
 
 
+@pytest.mark.parametrize("inputs", [65536, 70016])
+def test_the_largest_sums_of_long_rows_do_not_overflow(copy_of_the_kernels, inputs):
+    """Whole numbers of 127 against codes of 255: beyond 2^31 from 66,312 inputs on."""
+    codes = torch.full((4, inputs), 255, dtype=torch.uint8)
+    arguments = (torch.ones(4, inputs), codes, torch.ones(4, 1), torch.zeros(4, 1), 8, inputs, inputs)
+    y = quantized_apply(*arguments, activations="int8")
+    torch.testing.assert_close(y, torch.full((4, 4), 255.0 * inputs))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_numbers_that_are_none_spoil_their_own_vector_only(copy_of_the_kernels, bad):
     arguments, weight = uniform((3,), 5, 64, 8)
