@@ -843,6 +843,26 @@ def test_the_curves_are_in_the_plans_file(surveyed: tuple[nn.Sequential, Survey]
         Plan.load(tmp_path / "plan.json")
 
 
+def test_every_layers_curves_hold_what_was_chosen_and_sum_to_the_plans_loss(
+    surveyed: tuple[nn.Sequential, Survey],
+) -> None:
+    plan = allocate(surveyed[1], ["LowRank", "SparseProduct"], Budget(parameters=0.4))
+    assert plan.pareto is not None
+    assert set(plan.pareto.layers) == set(plan)
+    assert sum(layer.loss for layer in plan.pareto.layers.values()) == pytest.approx(plan.pareto.chosen[1])
+    for name, layer in plan.pareto.layers.items():
+        point = plan.expected[name]
+        assert layer.dense == surveyed[1].layers[name].cost.parameters
+        # Without output Grams a squared relative error counts as it is.
+        assert (layer.sensitivity, layer.loss) == pytest.approx((1.0, point.error**2))
+        for points in layer.curves.values():
+            assert 2 <= len(points) <= 20
+            assert [cost for cost, _, _ in points] == sorted(cost for cost, _, _ in points)
+        if not isinstance(point.structure, Dense):
+            own = layer.curves[type(point.structure).__name__]
+            assert (point.cost.parameters, point.error, str(point.structure)) in own
+
+
 def test_a_plan_written_by_hand_needs_only_structures(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(
