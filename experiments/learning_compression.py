@@ -243,9 +243,9 @@ ROWS = {
     },
     "low rank, plain + reshaped": sums_row(8, 4),
     "low rank, plain + reshaped, half the ranks": sums_row(4, 2),
-    # A kernel that is a sparse product is formed as a whole: its multiply-adds stay, only storage shrinks.
     "Tucker": resnet_row("Tucker", HALF),
     "LowRank": resnet_row("LowRank", HALF),
+    # A kernel that is a sparse product is formed as a whole: its multiply-adds stay, only storage shrinks.
     "SparseProduct, half the parameters": resnet_row("SparseProduct", Budget(parameters=0.5)),
     **{
         f"ranks by price, {price:g} a multiply-add": lenet_5_row(
