@@ -123,10 +123,11 @@ def cifar_network() -> Setting:
     products = [("multiply_adds", share) for share in (0.5, 0.35, 0.25)]
     sizes = [("bytes", share) for share in (0.125, 0.075)]
     ways = [
-        Way(ALL, "plan", products + sizes),
         *(Way(name, "uniform", products) for (name,) in KERNEL_FAMILIES),
-        Way("Quantized", "uniform", sizes),
+        Way(ALL, "plan", products),
         Way(ALL, "sequential", products),
+        Way("Quantized", "uniform", sizes),
+        Way(ALL, "plan", sizes),
     ]
     families = {"multiply_adds": KERNEL_FAMILIES, "bytes": (*KERNEL_FAMILIES, ("Quantized", "DividedRows"))}
     survey = weft.survey(model, calibration)
