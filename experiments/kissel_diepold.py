@@ -1,6 +1,6 @@
 """Kissel and Diepold 2022: semiseparable and other structured layers, approximated, trained, or from scratch.
 
-    python experiments/kissel_diepold.py           # about an hour of one core
+    python experiments/kissel_diepold.py           # about an hour and a half of one core
     python experiments/kissel_diepold.py --quick   # one seed, one set of classes, less training
     python experiments/kissel_diepold.py --model torchvision:googlenet --layer fc --data imagefolder:DIR
 
@@ -12,9 +12,10 @@ learn the trained network's scores on MNIST. "figure 2": accuracy and the time o
 parameters, of the whole classifier (1000 classes) and of LeNet-300-100.
 
 Of a family's members of the largest size within the share that which is nearest in the metric of the inputs
-is taken. Learning rates are chosen on images held out of the training part. Another network's layer learns
-from what the network makes of the images before it; its classes are drawn in the same way. Writes
-experiments/results/kissel_diepold.json; rows that it has are not measured again.
+is taken. Learning rates are chosen by the sample images as they are (the training features are crops of
+them), and for LeNet by held-out training images. Another network's layer learns from what the network makes
+of the images before it; its classes are drawn in the same way. Rows that
+experiments/results/kissel_diepold.json has are not measured again.
 """
 
 import copy
@@ -81,7 +82,6 @@ def hierarchical(layer: LayerSurvey, budget: int) -> Iterator[Structure]:
 
 
 def semiseparable(layer: LayerSurvey, budget: int) -> list[Structure]:
-    # The search asks for a state dimension that fits; where none does, there are too few parameters.
     return [SequentiallySemiseparable.search(layer.weight, budget, input_gram=layer.input_gram)]
 
 
@@ -130,7 +130,7 @@ class Task:
         model: the dense network.
         layers: names of layers; the others stay dense.
         train: what it learns on, without labels.
-        held_out: images of the training part by which learning rates are chosen.
+        held_out: images by which learning rates are chosen.
         test: images and labels.
         epochs: of training; a reduced form has a tenth.
     """
