@@ -44,7 +44,7 @@ CACHE = HERE.parent / "build" / "planner"
 ALL = "all"  # of the network's families, which the row names
 # Families whose curves take minutes for 22 million parameters; those that stand together build on each other.
 SENTENCE_FAMILIES = (("LowRank",), ("Quantized", "DividedRows"))
-KERNEL_FAMILIES = (("LowRank",), ("Separable",))
+KERNEL_FAMILIES = (("LowRank",), ("Separable",), ("CanonicalPolyadic",))
 # Bits and group (None: a row) whose bytes the budgets of the sentence encoder are.
 ROUNDED = {0.109: (3, 32), 0.141: (4, 32), 0.164: (5, 64), 0.189: (6, None), 0.251: (8, None)}
 
