@@ -212,7 +212,7 @@ def sums_row(first: int, second: int) -> Row:
 
 
 HALF = Budget(multiply_adds=0.5)
-LOW_RANK_STEPS = scheme(3e-3, 3.0, 4, 0.02, True)
+LOW_RANK_STEPS = scheme(3e-3, 1.6, 10, 0.02, True)
 ROWS = {
     # https://github.com/UCMerced-ML/LC-model-compression/tree/master/examples/lenet300
     "5 % of all weights": Row(
@@ -261,14 +261,16 @@ ROWS = {
         },
         LOW_RANK_STEPS,
     ),
-    "3 % of all weights": lenet_5_row(SMALL, {"*": Together(Pruned(0.03))}, scheme(2e-3, 3.5, 4, 0.02, True)),
+    "3 % of all weights": lenet_5_row(
+        SMALL, {"*": Together(Pruned(0.03))}, scheme(2e-3, 1.6, 10, 0.02, True)
+    ),
     "2-bit codebooks": lenet_5_row(
         SMALL,
         {"*": Quantized(2, codebook="kmeans")},
         replace(
             LEVELS,
             training=replace(LEVELS.training, mixed_precision=True),
-            penalties=rising(1e-3, 6.0, 4),
+            penalties=rising(1e-3, 1.9, 10),
         ),
     ),
 }
