@@ -128,6 +128,24 @@ def test_a_compiler_sees_no_kept_kernel(member: SparseProductMatrix) -> None:
         torch.testing.assert_close(compiled(X), 2 * expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["evaluating", "training"])
+def test_autocast_takes_the_same_route_with_as_exact_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    member = SparseProduct(2, 4, "random").initialise(SHAPE, generator=torch.Generator().manual_seed(0))
+    member.train(training)
+    kernel = member.to_dense().detach()
+    monkeypatch.setattr(F, "unfold", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = member.convolve(X, GEOMETRY)
+        assert torch.equal(got, F.conv2d(X, kernel, padding=1))
+    assert got.dtype == torch.bfloat16
+    assert not member.derived_bytes()
+    if training:
+        got.sum().backward()
+        assert all(value.grad is not None for value in member.parameters())
+
+
 def test_few_multiply_adds_are_unfolded_in_pieces(formed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "UNFOLDED_SHARE", 1.0)
     member = SparseProduct(1, 4, "random").initialise((8, 4, 1, 1)).eval()

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 __all__ = [
     "calls_operation",
+    "in_eager",
     "in_plain_eager",
     "native",
     "needs_plain_operations",
@@ -69,7 +70,8 @@ _Questions = tuple[tuple[Callable[[], object], object], ...]
 # differentiation is asked for beside them, as its level is no function.
 _TRANSFORMS: _Questions = ((peek_interpreter_stack, None), (torch._C._get_tracing_state, None))
 # The same where no dispatch mode and no autocast stand between a call and its operations,
-_MODES: _Questions = ((torch._C._len_torch_dispatch_stack, 0), (torch._C._is_any_autocast_enabled, False))
+_DISPATCH_MODES: _Questions = ((torch._C._len_torch_dispatch_stack, 0),)
+_MODES: _Questions = (*_DISPATCH_MODES, (torch._C._is_any_autocast_enabled, False))
 # and no mode that replaces PyTorch's functions.
 _FUNCTION_MODES: _Questions = ((torch._C._len_torch_function_stack, 0),)
 
@@ -126,6 +128,16 @@ def in_plain_eager() -> bool:
         differentiation takes part.
     """
     return not _is_compiling() and _untransformed(_TRANSFORMS, _MODES)
+
+
+def in_eager() -> bool:
+    """Whether a call is an eager one, autocast or not: its operations run as they come, by whichever route.
+
+    Returns:
+        False where a compiler, exporter, tracer, functorch transform, dispatch mode or forward-mode
+        differentiation takes part.
+    """
+    return not _is_compiling() and _untransformed(_TRANSFORMS, _DISPATCH_MODES)
 
 
 def calls_operation(x: Tensor) -> bool:

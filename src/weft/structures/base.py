@@ -16,7 +16,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import checks
-from weft.kernels.dispatch import in_plain_eager
+from weft.kernels.dispatch import in_eager, in_plain_eager
 from weft.numerics.gauss_newton import refine
 from weft.numerics.gram import (
     BlockDiagonalGram,
@@ -274,9 +274,9 @@ def channels_last(x: Tensor) -> Tensor:
         x: shape (batch, channels, *space).
 
     Returns:
-        The same values, in another layout for images on a processor in plain eager mode.
+        The same values, in another layout for images on a processor in eager mode.
     """
-    if x.ndim == 4 and x.device.type == "cpu" and in_plain_eager():
+    if x.ndim == 4 and x.device.type == "cpu" and in_eager():
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
@@ -646,7 +646,8 @@ class StructuredMatrix(nn.Module, ABC):
         """Applies the member as a convolution; families that run as a chain of convolutions replace this.
 
         Here by the dense kernel where `runs_dense` says that it is faster, else by unfolding. The kernel is
-        formed once for as long as the stored tensors stay as they are; where they train, once per call.
+        formed once for as long as the stored tensors stay as they are; where they train or under autocast,
+        once per call.
 
         Args:
             x: images, shape (batch, channels, *space).
@@ -657,14 +658,21 @@ class StructuredMatrix(nn.Module, ABC):
             Shape (batch, outputs, *space).
         """
         if not can_unfold(self.shape, geometry) or (
-            in_plain_eager() and runs_dense(self._vector_multiply_adds, self.shape, geometry)
+            in_eager() and runs_dense(self._vector_multiply_adds, self.shape, geometry)
         ):
-            return geometry.convolve(x, self.derived("kernel", self.to_dense), bias)
-        if torch.is_grad_enabled() or not in_plain_eager():
+            return geometry.convolve(x, self.derived("kernel", partial(self._kernel, x.device.type)), bias)
+        if torch.is_grad_enabled() or not in_eager():
             return self._unfold(x, geometry, bias)
         numbers = self.inputs * math.prod(geometry.output_size(self.shape[2:], x.shape[2:]))
         pieces = [self._unfold(piece, geometry, bias) for piece in x.split(max(1, PIECE // max(1, numbers)))]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _kernel(self, device_type: str) -> Tensor:
+        """The dense kernel, as exact under autocast as without."""
+        if not torch.is_autocast_enabled(device_type):
+            return self.to_dense()
+        with torch.autocast(device_type, enabled=False):
+            return self.to_dense()
 
     @cached_property
     def _vector_multiply_adds(self) -> int:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import checks
-from weft.kernels.dispatch import in_plain_eager
+from weft.kernels.dispatch import in_eager
 from weft.numerics.gram import DiagonalGram, squared_error
 from weft.numerics.tensor_train import (
     Extent,
@@ -511,6 +511,6 @@ class TensorTrainMatrix(StructuredMatrix):
 
 def _in_pieces(run: Callable[[Tensor], Tensor], x: Tensor, peak: int) -> Tensor:
     """Applies a chain to few samples at a time, so that what lies between its steps stays small."""
-    if torch.is_grad_enabled() or not in_plain_eager() or x.shape[0] * peak <= PIECE:
+    if torch.is_grad_enabled() or not in_eager() or x.shape[0] * peak <= PIECE:
         return run(x)
     return torch.cat([run(piece) for piece in x.split(max(1, PIECE // peak))])
