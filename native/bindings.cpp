@@ -76,7 +76,7 @@ enum Type : std::uint8_t { unsigned_integer = 1, floating = 2, brain_floating = 
 struct Torch {
     // Objects, taken from weft.kernels.dispatch.
     PyObject *tensor, *parameter, *float32, *bfloat16, *uint8;
-    PyObject *is_grad_enabled;
+    PyObject *is_grad_enabled, *get_num_threads;
     // Questions, and each one's answer in a plain eager call.
     PyObject *questions, *answers;
     PyObject *forward_mode, *no_level;  // a module, and its level where forward-mode differentiation is off
@@ -97,7 +97,7 @@ const dlpack::Exchange *exchange_of(PyObject *tensor) {
 }
 
 void know_torch(nb::object tensor, nb::object parameter, nb::object float32, nb::object bfloat16, nb::object uint8,
-                nb::object is_grad_enabled, nb::tuple questions, nb::tuple answers, nb::object forward_mode,
+                nb::object is_grad_enabled, nb::object get_num_threads, nb::tuple questions, nb::tuple answers, nb::object forward_mode,
                 bool by_exchange) {
     torch.exchange = by_exchange ? exchange_of(tensor.ptr()) : nullptr;
     torch.tensor = tensor.release().ptr();
@@ -106,6 +106,7 @@ void know_torch(nb::object tensor, nb::object parameter, nb::object float32, nb:
     torch.bfloat16 = bfloat16.release().ptr();
     torch.uint8 = uint8.release().ptr();
     torch.is_grad_enabled = is_grad_enabled.release().ptr();
+    torch.get_num_threads = get_num_threads.release().ptr();
     torch.questions = questions.release().ptr();
     torch.answers = answers.release().ptr();
     torch.forward_mode = forward_mode.release().ptr();
@@ -227,8 +228,10 @@ int look_at(PyObject *tensor, Numbers wanted, bool recording, Plain &out) {
     PyObject *type = reinterpret_cast<PyObject *>(Py_TYPE(tensor));
     if (type != torch.tensor && type != torch.parameter) return 0;  // a subclass may keep its values elsewhere
     int yes = torch.exchange != nullptr ? describe(tensor, wanted, out) : describe_by_attributes(tensor, wanted, out);
-    // A lazy sign, which the memory does not show.
-    if (yes == 1 && wanted != Numbers::uint8) yes = is(PyObject_CallMethodNoArgs(tensor, torch.is_neg), Py_False);
+    // A lazy sign, which the memory does not show. Only views of complex numbers have it, every other one of their
+    // floats: no parameter of more than one number both has it and is contiguous.
+    const bool may_be_negated = wanted != Numbers::uint8 && (type != torch.parameter || out.count() <= 1);
+    if (yes == 1 && may_be_negated) yes = is(PyObject_CallMethodNoArgs(tensor, torch.is_neg), Py_False);
     if (yes == 1 && recording) yes = is(PyObject_GetAttr(tensor, torch.requires_grad), Py_False);
     return yes;
 }
@@ -387,44 +390,71 @@ PyObject *low_rank_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
 
 constexpr Py_ssize_t most_matrices = 8;
 
-// block_sequence_apply(x, bias, matrices, sizes, code, inputs, outputs, threads): the whole eager call, from the
-// guard to the result, as one function; None where the arrays are not what the program reads.
+// The matrix at a place of `matrices`: a list or tuple of them, or a dictionary and the names in it. Borrowed; null
+// where there is none.
+PyObject *matrix_at(PyObject *matrices, PyObject *names, Py_ssize_t place) {
+    if (PyDict_Check(matrices)) return PyDict_GetItemWithError(matrices, PyTuple_GET_ITEM(names, place));
+    return PyList_Check(matrices) ? PyList_GET_ITEM(matrices, place) : PyTuple_GET_ITEM(matrices, place);
+}
+
+Py_ssize_t matrices_given(PyObject *matrices, PyObject *names) {
+    if (PyDict_Check(matrices)) return PyTuple_GET_SIZE(names);
+    return PyList_Check(matrices) ? PyList_GET_SIZE(matrices) : PyTuple_GET_SIZE(matrices);
+}
+
+// The numbers of a program: bytes, which nothing moves or changes, or the tensor of a compiled graph. Null and an
+// exception set where it is neither.
+const std::int64_t *program_at(PyObject *code) {
+    if (PyBytes_Check(code)) return reinterpret_cast<const std::int64_t *>(PyBytes_AS_STRING(code));
+    const Owned address(PyObject_CallMethodNoArgs(code, torch.data_ptr));
+    if (!address) return nullptr;
+    const auto place = static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(address.get()));
+    return PyErr_Occurred() == nullptr ? at<const std::int64_t>(place) : nullptr;
+}
+
+// block_sequence_apply(x, bias, matrices, names, code): the whole eager call, from the guard to the result, as one
+// function; None where the arrays are not what the program reads. Threads are asked for where they are worth it only: the question costs as much as many a step.
 PyObject *block_sequence_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
-    std::int64_t numbers[3];
-    if (wrong_count(count, 8, "x, bias, matrices, sizes, code, inputs, outputs, threads") ||
-        !whole_numbers(given + 5, numbers))
-        return nullptr;
-    const auto [inputs, outputs, threads] = numbers;
-    if (!PyList_Check(given[2]) || !PyList_Check(given[3]) || PyList_GET_SIZE(given[2]) > most_matrices ||
-        PyList_GET_SIZE(given[2]) != PyList_GET_SIZE(given[3])) {
-        PyErr_SetString(PyExc_ValueError, "expected as many matrices as sizes, at most 8, in lists");
+    if (wrong_count(count, 5, "x, bias, matrices, names, code")) return nullptr;
+    PyObject *matrices = given[2], *names = given[3];
+    if (!PyTuple_Check(names) || !(PyDict_Check(matrices) || PyList_Check(matrices) || PyTuple_Check(matrices))) {
+        PyErr_SetString(PyExc_TypeError, "expected matrices in a list, tuple or dict, and names in a tuple");
         return nullptr;
     }
+    const std::int64_t *code = program_at(given[4]);
+    if (code == nullptr) return nullptr;
+    const std::int64_t inputs = code[weft::program::inputs], outputs = code[weft::program::outputs];
+    const std::int64_t *sizes = code + code[weft::program::sizes];
     Arguments arguments;
     const Plain x = arguments.tensor(given[0], Numbers::floating);
     const std::uintptr_t bias = arguments.optional(given[1], outputs, x.half);
     const void *addresses[most_matrices] = {};
-    const Py_ssize_t matrix_count = PyList_GET_SIZE(given[2]);
+    const Py_ssize_t matrix_count = matrices_given(matrices, names);
+    arguments.require(matrix_count == code[weft::program::matrices] && matrix_count <= most_matrices);
     for (Py_ssize_t i = 0; i < matrix_count; ++i) {
-        const Plain matrix = arguments.tensor(PyList_GET_ITEM(given[2], i), Numbers::floating);
         if (!arguments.serve()) return arguments.declined();
-        const long long size = PyLong_AsLongLong(PyList_GET_ITEM(given[3], i));
-        if (PyErr_Occurred() != nullptr) return nullptr;
-        arguments.require(matrix.count() == size && matrix.half == x.half);
+        PyObject *found = matrix_at(matrices, names, i);
+        if (found == nullptr && PyErr_Occurred() != nullptr) return nullptr;
+        arguments.require(found != nullptr);  // a parametrisation computes it
+        if (!arguments.serve()) return arguments.declined();
+        const Plain matrix = arguments.tensor(found, Numbers::floating);
+        arguments.require(matrix.count() == sizes[i] && matrix.half == x.half);
         addresses[i] = at<const void>(matrix.data);
     }
     arguments.require(x.axes >= 1 && x.axes <= most_axes && x.last() == inputs);
     if (!arguments.serve()) return arguments.declined();
-    const Owned code(PyObject_CallMethodNoArgs(given[4], torch.data_ptr));
-    if (!code) return nullptr;
-    const auto code_at = static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(code.get()));
-    if (PyErr_Occurred() != nullptr) return nullptr;
+    std::int64_t threads = 1;
+    if (code[weft::program::multiply_adds] * x.batch() >= 2 * weft::worth_a_thread) {
+        const Owned asked(PyObject_CallNoArgs(torch.get_num_threads));
+        if (!asked) return nullptr;
+        threads = PyLong_AsLongLong(asked.get());
+        if (PyErr_Occurred() != nullptr) return nullptr;
+    }
     const auto apply = [&](auto weights, const float *vectors, const float *added, float *out) {
         using Weight = decltype(weights);
-        const Weight *matrices[most_matrices] = {};
-        for (Py_ssize_t i = 0; i < matrix_count; ++i) matrices[i] = static_cast<const Weight *>(addresses[i]);
-        weft::block_sequence_apply(weft::BlockSequenceOf<Weight>{at<const std::int64_t>(code_at), matrices, vectors,
-                                                                 added, out, x.batch()},
+        const Weight *weights_at[most_matrices] = {};
+        for (Py_ssize_t i = 0; i < matrix_count; ++i) weights_at[i] = static_cast<const Weight *>(addresses[i]);
+        weft::block_sequence_apply(weft::BlockSequenceOf<Weight>{code, weights_at, vectors, added, out, x.batch()},
                                    static_cast<int>(threads));
     };
     if (x.half)
@@ -575,7 +605,7 @@ PyMethodDef fast_functions[] = {
                          "(x, left, right, bias, threads) to (x rightᵀ) leftᵀ + bias; this and the "
                          "following check all tensors and sizes, and give None where the call is not theirs."),
     fast<block_sequence_apply>("block_sequence_apply",
-                               "(x, bias, matrices, sizes, code, inputs, outputs, threads) to the program's product."),
+                               "(x, bias, matrices, names, code) to the program's product."),
     fast<sparse_chain_apply>("sparse_chain_apply",
                              "(x, values, bias, table, count, entries, inputs, outputs, threads) to "
                              "x (S_1 ... S_count)ᵀ + bias."),

@@ -16,10 +16,6 @@ namespace {
 // Inputs per pass over the weights: as many as keep states and weights in the cache between the steps.
 constexpr std::int64_t slice = 96;
 
-// Multiply-adds below which waking a thread costs more than it saves: PyTorch's own threads, which keep spinning
-// after their work, may have to give up a core first.
-constexpr std::int64_t worth_a_thread = 1024 * 1024;
-
 std::vector<float> &float_scratch() {
     thread_local std::vector<float> memory;
     return memory;

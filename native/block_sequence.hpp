@@ -10,9 +10,10 @@
 namespace weft {
 
 // A program is a sequence of 64-bit numbers. Its head:
-//     inputs, outputs, states, phases, input order, output places
-// the last two being where in the program `inputs` and `outputs` numbers stand, or 0: the vector at position
-// p is x[order[p]], and out[i] is what stands at place[i]. Then the phases, one after the other:
+//     inputs, outputs, states, phases, input order, output places, multiply-adds, matrices, sizes
+// the orders being where in the program `inputs` and `outputs` numbers stand, or 0: the vector at position
+// p is x[order[p]], and out[i] is what stands at place[i]; the sizes where it says how many numbers each matrix
+// has. Then the phases, one after the other:
 //     groups
 // and per group, of which those of a phase may run at the same time:
 //     multiply-adds, steps
@@ -21,9 +22,24 @@ namespace weft {
 // and per segment:
 //     matrix, offset in it, row stride, space (0 input, 1 states), offset, depth
 namespace program {
-enum Head : std::int64_t { inputs, outputs, states, phases, input_order, output_places, head_size };
+enum Head : std::int64_t {
+    inputs,
+    outputs,
+    states,
+    phases,
+    input_order,
+    output_places,
+    multiply_adds,
+    matrices,
+    sizes,
+    head_size
+};
 enum Space : std::int64_t { input, state, output };
 }  // namespace program
+
+// Multiply-adds below which waking a thread costs more than it saves: PyTorch's own threads, which keep spinning
+// after their work, may have to give up a core first.
+constexpr std::int64_t worth_a_thread = 1024 * 1024;
 
 template <typename Weight>
 struct BlockSequenceOf {

@@ -87,8 +87,9 @@ void block(std::int64_t batch, std::int64_t inputs, std::int64_t outputs) {
     const Floats x = drawn(batch * inputs), matrix = drawn(inputs * outputs), bias = drawn(outputs);
     const float *matrices[] = {matrix.data()};
     const std::int64_t half = inputs / 2;
-    std::vector<std::int64_t> code = {inputs, outputs, 0, 1, 0, 0, 1, inputs * outputs, 1, 2, 0, outputs, 2,
-                                      0, 0, outputs, 0, 0, half, 0, half * outputs, outputs, 0, half, inputs - half};
+    std::vector<std::int64_t> code = {inputs, outputs, 0, 1, 0, 0, inputs * outputs, 0, 0, 1, inputs * outputs, 1,
+                                      2, 0, outputs, 2, 0, 0, outputs, 0, 0, half, 0, half * outputs, outputs, 0, half,
+                                      inputs - half};
     compare("blocks", batch * outputs, [&](float *out) {
         weft::block_sequence_apply(
             weft::BlockSequenceOf<float>{code.data(), matrices, x.data(), bias.data(), out, batch}, 2);

@@ -221,6 +221,52 @@ def member_of(name):
     return structure.fit(weight)
 
 
+@needs_native
+def test_what_a_program_cannot_read_is_left_to_the_composition():
+    step = Step(Space.OUTPUT, 0, 3, (Segment(0, 0, 3, Space.INPUT, 0, 2),))
+    program = write_program(2, 3, 0, [6], [[[step]]], names=["flat"])
+    x, flat = torch.randn(2), torch.randn(6)
+    composed = torch.full((3,), 7.0)
+
+    def apply(matrices):
+        return block_sequence.block_sequence_apply(x, matrices, program, None, lambda x, bias: composed)
+
+    assert torch.allclose(apply({"other": x, "flat": flat}), x @ flat.view(2, 3))
+    for left_alone in (
+        {"other": flat},
+        {"flat": None},
+        {"flat": flat[:5]},
+        [],
+        [flat, flat],
+        {"flat": x.tolist()},
+    ):
+        assert apply(left_alone) is composed
+    with pytest.raises(TypeError, match="matrices in a list, tuple or dict"):
+        apply(flat)
+
+
+def test_parametrised_members_and_copies_compute_the_same():
+    member = Hierarchical(rank=2, leaf_size=8).fit(torch.randn(40, 30))
+    x = torch.randn(3, 30)
+    with torch.no_grad():
+        y = member(x)
+        for copied in (copy.deepcopy(member), pickle.loads(pickle.dumps(member))):
+            assert torch.equal(copied(x), y)
+        torch.nn.utils.parametrize.register_parametrization(member, "left", Doubled())
+        expected = x.double() @ member.to_dense().double().T
+        torch.testing.assert_close(
+            member(x).double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+        )
+        assert not torch.allclose(member(x), y)
+
+
+class Doubled(torch.nn.Module):
+    """A parametrisation."""
+
+    def forward(self, values):
+        return 2 * values
+
+
 def dense_product(member, x):
     return x.double() @ member.to_dense().detach().double().T
 
@@ -235,9 +281,11 @@ def test_families_run_natively_and_equal_their_composition(name, batch):
     with torch.no_grad():
         y = member.affine(x, bias)
         if dispatch.native is not None:
-            matrices = member.in_place(member._names)
-            native = block_sequence.block_sequence_apply(x, matrices, member._program, bias, refuse)
-            assert torch.equal(native, y)
+            program = member._program
+            in_order = [member.get_parameter(name) for name in program.names]
+            for matrices in (in_order, tuple(in_order), dict(member.named_parameters())):
+                native = block_sequence.block_sequence_apply(x, matrices, program, bias, refuse)
+                assert torch.equal(native, y)
     expected = dense_product(member, x) + bias
     for result in (y, recorded.detach()):
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

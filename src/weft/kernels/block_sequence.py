@@ -12,10 +12,11 @@ phase do not depend on each other.
 """
 
 import itertools
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,22 +75,21 @@ class Program:
     """A checked sequence of steps as the native code reads it; `native/block_sequence.hpp` describes it.
 
     Attributes:
-        inputs: the length of the vectors that it takes.
-        outputs: the length of those that it gives.
-        sizes: how many numbers each flat tensor holds.
-        code: the program, int64, on the host wherever the weights are.
+        outputs: the length of the vectors that it gives.
+        names: what the flat tensors are called where they come as a mapping.
+        words: its 64-bit numbers, where nothing moves or changes them.
+        code: the same as a tensor of int64, on the host wherever the weights are, for compiled graphs.
     """
 
-    inputs: int
     outputs: int
-    sizes: list[int]
+    names: tuple[str, ...]
+    words: bytes
     code: Tensor
 
 
-_HEAD = 6
+_HEAD = 9
 # Bound once, as looking names up costs more than calling them.
 _native_apply = None if dispatch.native is None else dispatch.native.block_sequence_apply
-_get_num_threads = torch.get_num_threads
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -102,6 +102,7 @@ def write_program(
     *,
     input_order: Tensor | None = None,
     output_places: Tensor | None = None,
+    names: Iterable[str] = (),
 ) -> Program:
     """Checks steps against the sizes of what they read and write, and writes them down.
 
@@ -113,6 +114,7 @@ def write_program(
         phases: Per phase the groups, per group its steps in their order.
         input_order: The input's index that stands at each position the steps know, or None.
         output_places: The position that each index of the output is taken from, or None.
+        names: What the flat tensors are called where they come as a mapping.
 
     Returns:
         The program.
@@ -122,7 +124,7 @@ def write_program(
     """
     extents = {Space.INPUT: inputs, Space.STATE: states, Space.OUTPUT: outputs}
     body: list[int] = []
-    phase_count = 0
+    phase_count = multiply_adds = 0
     for groups in phases:
         phase_count += 1
         body.append(len(groups))
@@ -144,8 +146,10 @@ def write_program(
                     body += segment
                     work += depth * step.size
             body[place] = work
-    head = [inputs, outputs, states, phase_count, 0, 0]
-    parts = [torch.tensor([*head, *body], dtype=torch.int64)]
+            multiply_adds += work
+    words = [inputs, outputs, states, phase_count, 0, 0, multiply_adds, len(sizes), 0, *body]
+    words[8] = len(words)
+    words += sizes
     for slot, order, own, other in (
         (4, input_order, inputs, inputs),
         (5, output_places, outputs, outputs),
@@ -154,48 +158,52 @@ def write_program(
             continue
         if order.shape != (own,) or (own and not 0 <= int(order.min()) <= int(order.max()) < other):
             raise ValueError(f"an order must hold {own} indices below {other}, got {tuple(order.shape)}")
-        parts[0][slot] = sum(part.numel() for part in parts)
-        parts.append(order.to("cpu", torch.int64))
-    return Program(inputs, outputs, list(sizes), torch.cat(parts))
+        words[slot] = len(words)
+        words += order.tolist()
+    numbers = array("q", words)
+    code = torch.frombuffer(numbers, dtype=torch.int64)
+    return Program(outputs, tuple(names), numbers.tobytes(), code)
 
 
 Composed = Callable[[Tensor, Tensor | None], Tensor]
+# In their order, or under the program's names as a module keeps its parameters.
+Matrices = Sequence[Tensor] | dict[str, Any]
 
 
 def block_sequence_apply(
-    x: Tensor, matrices: Sequence[Tensor], program: Program, bias: Tensor | None, composed: Composed
+    x: Tensor, matrices: Matrices, program: Program, bias: Tensor | None, composed: Composed
 ) -> Tensor:
     """Applies a matrix of blocks to a batch of vectors.
 
     Args:
         x: The vectors, shape (*batch, inputs).
-        matrices: The flat tensors.
+        matrices: The flat tensors in their order, or a mapping, of more perhaps, by the program's names.
         program: The steps.
         bias: Shape (outputs,), or None.
         composed: The same product of PyTorch's operations, (x, bias) to the result: for gradients, other
-            devices and dtypes, and where there is no native code.
+            devices and dtypes, and where there is no native code or a name is not in the mapping.
 
     Returns:
         The products, shape (*batch, outputs).
     """
     if not _is_compiling():
-        y = _apply_in_memory(x, matrices, program, bias)
+        # What does not fit together raises in the composition.
+        y = None
+        if _native_apply is not None:
+            y = _native_apply(x, bias, matrices, program.names, program.words)
         return composed(x, bias) if y is None else y
-    if dispatch.calls_operation(x) and _operation_serves(x, matrices, bias):
-        return _operation(x, list(matrices), program.code, bias, program.outputs)
+    if dispatch.calls_operation(x):
+        flat = _in_order(matrices, program.names)
+        if flat is not None and _operation_serves(x, flat, bias):
+            return _operation(x, flat, program.code, bias, program.outputs)
     return composed(x, bias)
 
 
-def _apply_in_memory(
-    x: Tensor, matrices: Sequence[Tensor], program: Program, bias: Tensor | None
-) -> Tensor | None:
-    """The product by the native code, None where the guard or the sizes forbid it."""
-    # What does not fit together raises in the composition.
-    if _native_apply is None:
-        return None
-    return _native_apply(
-        x, bias, matrices, program.sizes, program.code, program.inputs, program.outputs, _get_num_threads()
-    )
+def _in_order(matrices: Matrices, names: tuple[str, ...]) -> list[Tensor] | None:
+    """The flat tensors; None where a parametrisation computes one of them."""
+    if not isinstance(matrices, dict):
+        return list(matrices)
+    return [matrices[name] for name in names] if all(name in matrices for name in names) else None
 
 
 def _operation_serves(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> bool:
@@ -335,8 +343,7 @@ def _on_host(
     x: Tensor, matrices: Sequence[Tensor], code: Tensor, bias: Tensor | None, outputs: int
 ) -> Tensor:
     # Only block_sequence_apply calls the operation, with a program's own code.
-    program = Program(int(code[0]), outputs, [matrix.numel() for matrix in matrices], code)
-    y = _apply_in_memory(x, matrices, program, bias)
+    y = None if _native_apply is None else _native_apply(x, bias, list(matrices), (), code)
     return reference(x, matrices, code, bias) if y is None else y
 
 

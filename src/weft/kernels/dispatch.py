@@ -91,6 +91,7 @@ def _introduce_torch(*, by_exchange: bool) -> None:
         torch.bfloat16,
         torch.uint8,
         torch.is_grad_enabled,
+        torch.get_num_threads,
         questions,
         answers,
         forward_ad,

@@ -657,7 +657,6 @@ class HierarchicalMatrix(StructuredMatrix):
             self._keep(name, None if values is None else values.contiguous(), persistent=True)
         tiles = structure._predicted_tiles(self.shape) if blocks is None else _read_tiles(blocks, self.shape)
         self.layout = BlockLayout(tiles or [])
-        self._names = list(self.layout.numbers())
         self._make_indices()
         self._program = _write_program(self.layout, self.outputs, self.inputs, *self.orders())
 
@@ -711,7 +710,7 @@ class HierarchicalMatrix(StructuredMatrix):
         return self.affine(x, None)
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return block_sequence_apply(x, self.in_place(self._names), self._program, bias, self._by_stacks)
+        return block_sequence_apply(x, self._parameters, self._program, bias, self._by_stacks)
 
     def _by_stacks(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product as one batched product per stack, of PyTorch's operations."""
@@ -863,6 +862,7 @@ def _write_program(layout: BlockLayout, outputs: int, inputs: int, rows: Tensor,
         [hidden, written] if hidden else [written],
         input_order=_unless_identity(columns, inputs),
         output_places=_unless_identity(rows.argsort(), outputs),
+        names=numbers,
     )
 
 

@@ -461,7 +461,6 @@ class SequentiallySemiseparableMatrix(StructuredMatrix):
         self._above, self._left = _offsets(self._rows), _offsets(self._columns)
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.contiguous()))
-        self._names = [role.name for role in self._roles if role.size]
         self._program = _write_program(self._roles, self._above, self._left)
 
     @classmethod
@@ -501,7 +500,7 @@ class SequentiallySemiseparableMatrix(StructuredMatrix):
         return self.affine(x, None)
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return block_sequence_apply(x, self.in_place(self._names), self._program, bias, self._by_runs)
+        return block_sequence_apply(x, self._parameters, self._program, bias, self._by_runs)
 
     def _by_runs(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product of PyTorch's operations: one batched product per run, one small one per transition."""
@@ -668,7 +667,7 @@ def _write_program(roles: Sequence[Role], above: Sequence[int], left: Sequence[i
             parts += segment(f"{direction}_output", k, Space.STATE, before[direction][k])
         outputs.append([Step(Space.OUTPUT, above[k], above[k + 1] - above[k], tuple(parts))])
     phases = [recurrences, outputs] if recurrences else [outputs]
-    return write_program(left[-1], above[-1], reached, sizes, phases)
+    return write_program(left[-1], above[-1], reached, sizes, phases, names=place)
 
 
 def _known_roles(structure: SequentiallySemiseparable, shape: Shape) -> tuple[Role, ...]:
