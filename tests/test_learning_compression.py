@@ -42,7 +42,7 @@ class Regression:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(200, INPUTS, generator=generator, dtype=torch.float64)
         x = x * torch.logspace(0, -1.5, INPUTS, dtype=torch.float64)  # some inputs matter more than others
-        self.gram = x.T @ x / len(x)
+        self.x, self.gram = x, x.T @ x / len(x)
         self.best = torch.randn(OUTPUTS, INPUTS, generator=generator, dtype=torch.float64)
         self.model = nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.float64)
         with torch.no_grad():
@@ -67,7 +67,8 @@ class Regression:
 
     def run(self, task: Task | Structure, **options: Any) -> weft.Result:
         options = {"penalties": rising(1e-3, 1.1, 120), **options}
-        return LearningCompression(**options).run(self.model, {"": task}, [], learn=self.learn)
+        survey = options.pop("survey", None)
+        return LearningCompression(**options).run(self.model, {"": task}, [], learn=self.learn, survey=survey)
 
 
 def weight_of(result: weft.Result, name: str = "") -> Tensor:
@@ -89,6 +90,36 @@ def test_low_rank_regression_reaches_the_reduced_rank_optimum(seed: int) -> None
     direct = problem.loss(LowRank(2).fit(problem.best).to_dense())
     found = problem.loss(weight_of(problem.run(LowRank(2))))
     assert optimum * (1 - 1e-9) <= found <= optimum + 0.02 * (direct - optimum)
+
+
+def test_in_the_metric_of_outputs_the_first_members_are_already_those_of_direct_compression() -> None:
+    problem = Regression()
+    survey = weft.survey(problem.model, [problem.x])
+    direct = weft.compress(problem.model, {"": LowRank(2)}, survey)
+    scheme = LearningCompression(penalties=[1.0], metric="outputs")
+    first = scheme.run(problem.model, {"": LowRank(2)}, [], learn=lambda *_: None, survey=survey)
+    assert problem.loss(weight_of(first)) == pytest.approx(problem.loss(weight_of(direct)), rel=1e-4)
+    assert problem.loss(weight_of(first)) < 0.9 * problem.loss(LowRank(2).fit(problem.best).to_dense())
+
+
+def test_in_the_metric_of_outputs_the_penalty_is_that_of_the_outputs() -> None:
+    problem = Regression()
+    survey = weft.survey(problem.model, [problem.x])
+    gram = survey.layers[""].input_gram
+    assert gram is not None
+    found: list[Tensor] = []
+
+    def learn(model: nn.Module, penalty: Callable[[nn.Module], Tensor], step: int) -> None:
+        weight: Any = model.weight
+        with torch.no_grad():
+            weight.mul_(1.1)
+        found.extend(torch.autograd.grad(penalty(model), weight))
+
+    scheme = LearningCompression(penalties=[0.3], metric="outputs")
+    scheme.run(problem.model, {"": LowRank(2)}, [], learn=learn, survey=survey)
+    start = LowRank(2).fit(problem.best, input_gram=gram).to_dense()
+    metric = gram.dense() / gram.dense().diagonal().mean()
+    torch.testing.assert_close(found[0], 0.3 * (1.1 * problem.best - start) @ metric)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -152,19 +183,24 @@ def c_step(task: Task, model: nn.Module, mu: float, batches: Any = None) -> Mapp
 @pytest.mark.parametrize(
     "price", [Price(parameters=1e-3), Price(multiply_adds=2e-3), Price(bytes=3e-4)], ids=str
 )
-def test_a_priced_c_step_takes_the_best_rank_of_all(mu: float, price: Price) -> None:
+@pytest.mark.parametrize("metric", ["weights", "outputs"])
+def test_a_priced_c_step_takes_the_best_rank_of_all(mu: float, price: Price, metric: str) -> None:
     model = two_layers()
     surveyed = weft.survey(model, [torch.randn(4, 10)])
-    survey = replace(
-        surveyed, layers={name: replace(layer, input_gram=None) for name, layer in surveyed.layers.items()}
-    )
+    layers = surveyed.layers
+    if metric == "weights":
+        layers = {name: replace(layer, input_gram=None) for name, layer in layers.items()}
+    survey = replace(surveyed, layers=layers)
     found = Priced("LowRank", price).fit(survey, mu, {})
     for name, layer in survey.layers.items():
         everything = [Dense(), *(LowRank(rank) for rank in range(1, min(layer.shape) + 1))]
         objectives = {}
         for structure in everything:
-            member = structure.fit(layer.weight)
-            lost = (layer.weight - member.to_dense()).detach().square().sum()
+            member = structure.fit(layer.weight, input_gram=layer.input_gram)
+            error = (layer.weight - member.to_dense()).detach()
+            lost = error.square().sum()
+            if layer.input_gram is not None:
+                lost = (error @ layer.input_gram.dense().float() * error).sum()
             objectives[structure] = price.of(member.cost()) + mu / 2 * float(lost)
         assert found[name].structure == min(objectives, key=objectives.__getitem__)
 
@@ -425,11 +461,17 @@ def test_tied_weights_stay_tied_and_convolutions_and_batch_norm_come_along() -> 
         ({"penalties": [0.0, 1.0]}, "penalties must be a finite number above 0"),
         ({"penalties": [1.0, math.inf]}, "penalties must be a finite number above 0"),
         ({"learning_rate_decay": 1.5}, "learning_rate_decay must be a share"),
+        ({"metric": "inputs"}, "metric must be one of"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LearningCompression(**options)
+
+
+def test_the_metric_of_outputs_wants_to_have_seen_inputs() -> None:
+    with pytest.raises(ValueError, match="survey must be one with Grams, got none for 0"):
+        replace(SHORT, metric="outputs").run(two_layers(), {"0": LowRank(1)}, data(), learn=fail)
 
 
 def test_a_factor_that_lets_penalties_fall_is_refused() -> None:

@@ -154,6 +154,17 @@ def test_copies_and_pickles_measure_alike(kind: str) -> None:
 
 
 @each_kind
+def test_a_normalized_gram_is_the_same_metric_in_another_unit(kind: str) -> None:
+    gram, matrix = gram_of(kind, 5), drawn(6, 5, seed=1)
+    whitened = gram.whiten(matrix)  # which keeps its roots
+    unit = float(gram.diagonal().mean())
+    found = gram.normalized()
+    assert float(found.diagonal().mean()) == pytest.approx(1)
+    torch.testing.assert_close(found.matmul(matrix), gram.matmul(matrix) / unit)
+    torch.testing.assert_close(found.whiten(matrix), whitened / math.sqrt(unit))
+
+
+@each_kind
 def test_released_roots_are_found_again(kind: str) -> None:
     gram, matrix = gram_of(kind, 5), drawn(6, 5, seed=1)
     before, size = gram.whiten(matrix), len(pickle.dumps(vars(gram)))

@@ -10,6 +10,7 @@ where group i owns the i-th part of the weight's rows); diagonal (embeddings and
 matrix).
 """
 
+import copy
 import hashlib
 import math
 import weakref
@@ -17,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -72,6 +73,13 @@ class Gram(ABC):
     @abstractmethod
     def restrict(self, indices: Tensor) -> "Gram":
         """The metric on a subset of the coordinates, shape (size,) -> (len(indices),); the ridge stays."""
+
+    def normalized(self) -> Self:
+        """The same metric in the unit in which its mean diagonal is 1."""
+        size = float(self.diagonal().mean())
+        scaled = copy.copy(self)  # without roots
+        scaled.moment, scaled.ridge, scaled.file = self.moment / size, self.ridge / size, None
+        return scaled
 
     def squared_norm(self, matrix: Tensor) -> Tensor:
         """The squared metric norm tr(M Ĝ Mᵀ) as a scalar tensor."""

@@ -13,7 +13,10 @@ turns over W and over Θ:
     B step   B_l ← B_l − μ (W_l − Δ(Θ_l))
 
 (Carreira-Perpiñán 2017, section 3, the LC algorithm; with B = 0 throughout the quadratic penalty method.) The
-first Θ is direct compression: the C step of the trained network. The C steps are the tasks below:
+first Θ is direct compression: the C step of the trained network. With `metric="outputs"` every norm here is
+that of what the layer gives out, ‖· Ĝ^{1/2}‖ with the survey's Gram Ĝ, its mean diagonal 1. Θ then starts
+where `weft.compress` does, which for structures that change the weights much is far better than at the
+nearest weights; the multipliers are B Ĝ. The C steps are the tasks below:
 
 - a structure of fixed size, layer by layer: `fit(start=previous)`;
 - `Together`: one size for several layers, such as 5 % of all their weights;
@@ -32,13 +35,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from weft import checks
 from weft.layers.replace import dense_weight, replace_layer
+from weft.numerics.gram import squared_error
 from weft.plan.allocate import allocate
 from weft.plan.budget import Budget, Price
 from weft.plan.constraints import Constraints
@@ -55,7 +59,7 @@ from weft.structures import select
 from weft.structures.base import Structure, StructuredMatrix
 from weft.structures.dense import Dense
 from weft.structures.sum_of import sum_of, terms_of
-from weft.survey import Survey
+from weft.survey import LayerSurvey, Survey
 from weft.survey import survey as survey_model
 
 Members = Mapping[str, StructuredMatrix]
@@ -97,8 +101,9 @@ class Task(ABC):
         """Argmin λ C(Θ) + μ/2 Σ ‖W − Δ(Θ)‖².
 
         Args:
-            survey: the layers of the task; their weights are W, what is to be approximated. It has no Grams:
-                the C step knows no data.
+            survey: the layers of the task; their weights are W, what is to be approximated. Its input Grams
+                are the metric, of which there are none where weights are compared as they are: the C step
+                knows no data.
             penalty: μ.
             starts: the members of the previous C step, by layer; none at first.
 
@@ -117,10 +122,7 @@ class Each(Task):
         check_plan(dict.fromkeys(survey.layers, self.structure), survey)
 
     def fit(self, survey: Survey, penalty: float, starts: Members) -> dict[str, StructuredMatrix]:
-        return {
-            name: _fit(self.structure, layer.weight, starts.get(name))
-            for name, layer in survey.layers.items()
-        }
+        return {name: _fit(self.structure, layer, starts.get(name)) for name, layer in survey.layers.items()}
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Together(Task):
     """One size for all layers: `Together(Pruned(density=0.05))` keeps the 5 % largest of all weights.
 
     Args:
-        structure: of a family whose size several weights can share (`Structure.share_out`).
+        structure: of a family whose size several weights can share (`Structure.share_out`); by the weights
+            as they are, whatever the metric.
     """
 
     structure: Structure
@@ -141,8 +144,8 @@ class Together(Task):
         weights = {name: layer.weight for name, layer in survey.layers.items()}
         shared = self.structure.share_out(list(weights.values()))
         return {
-            name: _fit(structure, weight, starts.get(name))
-            for (name, weight), structure in zip(weights.items(), shared, strict=True)
+            name: _fit(structure, survey.layers[name], starts.get(name))
+            for name, structure in zip(weights, shared, strict=True)
         }
 
 
@@ -172,16 +175,16 @@ class Priced(Task):
         found = {}
         curves = error_curves(survey, select(self.families), constraints=self.constraints, shown=False)
         for name, curve in curves.items():
-            weight = survey.layers[name].weight
-            energy = _energy(weight)
+            layer = survey.layers[name]
+            energy = _energy(layer, layer.weight)
             best = min(
                 curve, key=lambda point: self.price.of(point.cost) + penalty / 2 * energy * point.error**2
             )
             # A family whose fits only approximate the best may do better from where it was.
             chosen = [best.structure, *(start.structure for start in [starts.get(name)] if start is not None)]
-            members = [_fit(structure, weight, starts.get(name)) for structure in dict.fromkeys(chosen)]
+            members = [_fit(structure, layer, starts.get(name)) for structure in dict.fromkeys(chosen)]
             objectives = [
-                self.charge(member, survey, name) + penalty / 2 * _distance(weight, member)
+                self.charge(member, survey, name) + penalty / 2 * _distance(layer, member)
                 for member in members
             ]
             found[name] = members[objectives.index(min(objectives))]
@@ -205,11 +208,10 @@ class Within(Task):
         self.budget.limits(survey.total)
 
     def fit(self, survey: Survey, penalty: float, starts: Members) -> dict[str, StructuredMatrix]:
-        energies = {name: ((1.0, _energy(layer.weight)),) for name, layer in survey.layers.items()}
+        energies = {name: ((1.0, _energy(layer, layer.weight)),) for name, layer in survey.layers.items()}
         plan = allocate(survey, self.families, self.budget, sensitivity=Sensitivity(energies), shown=False)
         return {
-            name: _fit(structure, survey.layers[name].weight, starts.get(name))
-            for name, structure in plan.items()
+            name: _fit(structure, survey.layers[name], starts.get(name)) for name, structure in plan.items()
         }
 
 
@@ -281,7 +283,7 @@ class Added(Task):
         """λ C + μ/2 ‖·‖² of a sum."""
         total = 0.0
         for name, layer in survey.layers.items():
-            total += penalty / 2 * _distance(layer.weight, sum_of([part[name] for part in parts]))
+            total += penalty / 2 * _distance(layer, sum_of([part[name] for part in parts]))
             total += sum(
                 task.charge(part[name], survey, name) for task, part in zip(self._tasks, parts, strict=True)
             )
@@ -295,27 +297,40 @@ def _task(given: "Task | Structure") -> Task:
     return Each(given) if isinstance(given, Structure) else given
 
 
-def _fit(structure: Structure, weight: Tensor, start: StructuredMatrix | None) -> StructuredMatrix:
+def _fit(structure: Structure, layer: LayerSurvey, start: StructuredMatrix | None) -> StructuredMatrix:
     """The nearest member, from the previous one where that is of the same family."""
     same = start is not None and type(start.structure) is type(structure)
-    return structure.fit(weight, start=start if same else None)
+    return structure.fit(layer.weight, input_gram=layer.input_gram, start=start if same else None)
 
 
-def _energy(weight: Tensor) -> float:
-    return float(weight.detach().double().square().sum())
+def _energy(layer: LayerSurvey, error: Tensor) -> float:
+    """‖E‖² in the layer's metric."""
+    return float(squared_error(error.detach().flatten(1).double(), layer.input_gram))
 
 
-def _distance(weight: Tensor, member: StructuredMatrix) -> float:
+def _distance(layer: LayerSurvey, member: StructuredMatrix) -> float:
     """‖W − Δ(Θ)‖²."""
-    return _energy(weight - member.to_dense())
+    return _energy(layer, layer.weight - member.to_dense())
 
 
 def _with_weights(survey: Survey, weights: Mapping[str, Tensor]) -> Survey:
-    """The survey of some layers, with other weights, which are compared in the Frobenius norm."""
-    layers = {
-        name: replace(survey.layers[name], weight=weight, input_gram=None, output_gram=None)
-        for name, weight in weights.items()
-    }
+    """The survey of some layers, with other weights."""
+    return replace(
+        survey, layers={name: replace(survey.layers[name], weight=weights[name]) for name in weights}
+    )
+
+
+def _measured(survey: Survey, metric: str) -> Survey:
+    """The survey with the Grams that the metric is made of, and no others."""
+    layers = {}
+    for name, layer in survey.layers.items():
+        gram = None
+        if metric == "outputs":
+            if layer.input_gram is None:
+                remedy = "pass survey=weft.survey(model, batches)"
+                raise ValueError(checks.fault("survey", "one with Grams", f"none for {name}", remedy))
+            gram = layer.input_gram.normalized()
+        layers[name] = replace(layer, input_gram=gram, output_gram=None)
     return replace(survey, layers=layers)
 
 
@@ -371,15 +386,20 @@ class LearningCompression:
         penalties: μ_k, one per L step; they must not fall.
         learning_rate_decay: the learning rate of L step k is the training's times its k-th power.
         multipliers: whether B is kept (augmented Lagrangian), or stays 0 (quadratic penalty).
+        metric: how weights are compared: "weights" as they are, or "outputs" by what the layer gives out for
+            the inputs that the survey saw. The latter wants a survey with batches and a learning rate with
+            rate · μ · (largest over mean eigenvalue of the Gram, about 10 to 100) below 1.
 
     Raises:
-        ValueError: the penalties are not positive and rising, or there are none; the decay is no share.
+        ValueError: the penalties are not positive and rising, or there are none; the decay is no share; the
+            metric is unknown.
     """
 
     training: Training = Training(optimiser="sgd", learning_rate=0.05)
     penalties: Sequence[float] = rising()
     learning_rate_decay: float = 0.98
     multipliers: bool = True
+    metric: Literal["weights", "outputs"] = "weights"
 
     def __post_init__(self) -> None:
         if not len(self.penalties):
@@ -392,6 +412,7 @@ class LearningCompression:
                 remedy = "sort them, or use e.g. rising(9e-5, 1.1, 40)"
                 raise ValueError(checks.fault("penalties", "a schedule that never falls", got, remedy))
         checks.share("learning_rate_decay", self.learning_rate_decay)
+        checks.one_of("metric", self.metric, ("weights", "outputs"))
 
     def run(
         self,
@@ -420,7 +441,8 @@ class LearningCompression:
                 serve too.
             learn: your own L step, in place of `training`.
             teacher: a network whose scores are the target; the dense one, say.
-            survey: the network's survey; needed for prices and budgets of multiply-adds.
+            survey: the network's survey; needed for prices and budgets of multiply-adds, and for the metric
+                of outputs.
             validation: held-out (inputs, labels) batches for the compressed network's accuracy after every C
                 step, or a function that gives a network's metric.
             log: a file that gets one JSON line per step; in the checkpoint's folder where None.
@@ -435,7 +457,8 @@ class LearningCompression:
         """
         order = order_of(batches)
         dense = copy.deepcopy(model)
-        run = _Run(dense, tasks, survey_model(model) if survey is None else survey)
+        known = survey_model(model) if survey is None else survey
+        run = _Run(dense, tasks, _measured(known, self.metric))
         described = self._describe(model, tasks)
         stages = Stages(checkpoint, described, log=log, seconds=checkpoint_seconds)
         metric = metric_of(validation)
@@ -474,6 +497,7 @@ class LearningCompression:
             "penalties": list(self.penalties),
             "learning_rate_decay": self.learning_rate_decay,
             "multipliers": self.multipliers,
+            "metric": self.metric,
             "tasks": {pattern: str(task) for pattern, task in tasks.items()},
             **self.training.describe(model),
         }
@@ -504,10 +528,12 @@ class _Run:
             for name, member in self.members.items()
             if not isinstance(member.structure, Dense)
         }
+        grams = {name: self.survey.layers[name].input_gram for name in anchors}
 
         def of(model: nn.Module) -> Tensor:
             distances = [
-                (self.weight(model, name) - anchor).square().sum() for name, anchor in anchors.items()
+                squared_error((self.weight(model, name) - anchor).flatten(1), grams[name])
+                for name, anchor in anchors.items()
             ]
             return penalty / 2 * sum(distances, torch.zeros(()))
 
@@ -543,9 +569,10 @@ class _Run:
 
     def distance(self) -> float:
         """‖W − Δ(Θ)‖ / ‖W‖ over all layers of the tasks."""
-        weights = {name: self.weight(self.dense, name) for name in self.members}
-        lost = sum(_distance(weight, self.members[name]) for name, weight in weights.items())
-        return math.sqrt(lost / sum(map(_energy, weights.values())))
+        weights = {name: self.weight(self.dense, name).detach() for name in self.members}
+        layers = _with_weights(self.survey, weights).layers
+        lost = sum(_distance(layer, self.members[name]) for name, layer in layers.items())
+        return math.sqrt(lost / sum(_energy(layer, layer.weight) for layer in layers.values()))
 
     def size(self) -> dict[str, Any]:
         """What the compressed network costs, and its structures."""
