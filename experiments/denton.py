@@ -1,7 +1,7 @@
 """Denton et al. 2014: fully connected layers of low rank, and convolutions flattened to one-dimensional ones.
 
     python experiments/denton.py                 # five minutes
-    python experiments/denton.py --quick
+    python experiments/denton.py --quick         # convolutions of 96 channels, a LeNet-300-100 less trained
 
 "layers": one layer after the other at two ranks, the compression of its weight and what the network then
 loses on the test images, plain as in the paper and weighted by the inputs' Gram. "convolutions": 5×5
@@ -54,12 +54,12 @@ class Network:
         return found
 
 
-def networks() -> dict[str, Network]:
+def networks(quick: bool) -> dict[str, Network]:
     weights = shared_file("mnist/mlp_784_128_32_10.npz")
     source = f"{__file__.replace('denton', 'models')}:{mnist_network.__name__}"
     return {
         "MNIST 784-128-32-10": Network(load_model(source, weights), mnist()),
-        "LeNet-300-100": Network(network("LeNet-300-100")[0], mnist()),
+        "LeNet-300-100": Network(network("LeNet-300-100", quick)[0], mnist()),
         "MobileNetV2's classifier": Network(mobilenet_v2_classifier(), imagenet_features()),
     }
 
@@ -86,7 +86,7 @@ def main() -> None:
     torch.set_num_threads(1)
     records = Records("denton", fresh=given.fresh, quick=given.quick)
     try:
-        found = networks()
+        found = networks(given.quick)
     except FileNotFoundError as error:
         print(f"skipped: {error}")
         sys.exit(0)

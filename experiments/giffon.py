@@ -1,7 +1,7 @@
 """PSM-nets (Giffon, Ayache, Kadri, Artières and Sicre 2021): figures 3 and 4, tables I, III and IV.
 
-    python experiments/giffon.py            # about four hours of one core
-    python experiments/giffon.py --quick    # a tenth of the images and part of the grid: about forty minutes
+    python experiments/giffon.py            # one epoch each
+    python experiments/giffon.py --quick    # of a tenth of the images, for part of the grid
 
 LeNet-5 on MNIST and ResNet-20 on CIFAR-10; the first layer stays dense, as does ResNet-20's classifier of 640
 weights. "figure 3": how near products of Q factors with K entries per line come to every layer, as published
@@ -18,9 +18,11 @@ experiments/results/giffon.json, or giffon_quick.json. Skips where the data fold
 """
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,7 @@ from weft.structures.tucker import Tucker
 BUILD = Path(__file__).parents[1] / "build" / "giffon"
 LENET, RESNET = "LeNet-5", "ResNet-20"
 OPTIMISER = {LENET: "rmsprop", RESNET: "adam"}
-# Epochs in full, and in the reduced form, whose epochs are a tenth as long.
-EPOCHS = {LENET: (10, 5), RESNET: (4, 4)}
+EPOCHS = 1
 SIZES = ((2, 2), (2, 14), (3, 2), (3, 14))
 RANKS, KEPT, DENSITIES = (6, 10, 14), (0.1, 0.2), (0.05, 0.02)
 PRUNING_STEPS = 2
@@ -102,6 +103,8 @@ METHODS: Mapping[str, tuple[tuple[Any, ...], Method]] = {
     "dense, trained further": ((None,), lambda shape, _: None),
 }
 
+IN_MEMORY = ("dense, trained further", NAMES["fitted"], "TT", "Tucker-SVD")
+
 
 def plan(name: str, survey: weft.Survey, method: str, setting: Any) -> dict[str, Structure]:
     """The structures of a network's layers."""
@@ -146,12 +149,12 @@ def batches(name: str, data: Images) -> Any:
 def network_row(name: str, method: str, setting: Any, quick: bool) -> dict[str, Any]:
     """One network: compressed and trained."""
     dense, data = network(name, quick)
-    epochs = EPOCHS[name][quick]
+    epochs = EPOCHS
     survey = weft.survey(dense, data.calibration() if method == NAMES[OURS] else None, shown=False)
     structures = plan(name, survey, method, setting)
-    folder = BUILD / "-".join(filter(str.isalnum, f"{name}{method}{setting}{epochs}{quick}"))
+    folder = BUILD / re.sub(r"\W+", "_", f"{name} {method} {setting} {epochs}{' quick' if quick else ''}")
     BUILD.mkdir(parents=True, exist_ok=True)
-    scheme = protocol(epochs, OPTIMISER[name])
+    scheme = protocol(epochs, OPTIMISER[name], quick)
     options: dict[str, Any] = {"validation": data.parts["held out"][:1], "checkpoint": folder, "shown": False}
     ways = {name: way for way, name in NAMES.items()}
     untrained = None
@@ -164,7 +167,7 @@ def network_row(name: str, method: str, setting: Any, quick: bool) -> dict[str, 
         untrained = test_accuracy(small, data)
         if method == "iterative pruning":
             epochs = max(PRUNING_STEPS, epochs)
-            steps = IterativePruning(protocol(1, OPTIMISER[name]).training, steps=epochs)
+            steps = IterativePruning(protocol(1, OPTIMISER[name], quick).training, steps=epochs)
             small, log = steps.run(dense, structures, batches(name, data), **options)
         else:
             small, log = scheme.run(small, batches(name, data), **options)
@@ -247,14 +250,26 @@ def memory_row(name: str, method: str, setting: Any, quick: bool) -> dict[str, A
     }
 
 
+def settings(method: str, quick: bool) -> tuple[Any, ...]:
+    """A method's settings; of the reduced form one, or two sizes that have both numbers of either kind."""
+    found = METHODS[method][0]
+    if not quick:
+        return found
+    return found[1:3] if found == SIZES else found[:1]
+
+
+def layers_shown(name: str, quick: bool) -> list[str]:
+    """The layers of figure 3; of the reduced form every fourth one of the ResNet."""
+    layers = list(weft.survey(network(name, quick)[0], shown=False).layers)
+    return layers[::4] if quick and name == RESNET else layers
+
+
 def wanted(quick: bool) -> Iterator[tuple[str, str, Any]]:
-    """The networks to train; the reduced form has starts other than the fit at the largest size alone."""
+    """The networks to train."""
     for name in (LENET, RESNET):
-        for method, (settings, _) in METHODS.items():
-            for setting in settings:
-                more = method in (NAMES["supports"], NAMES["random"], NAMES[OURS])
-                if not (quick and name == RESNET and more and setting != SIZES[1]):
-                    yield name, method, setting
+        for method in METHODS:
+            for setting in settings(method, quick):
+                yield name, method, setting
 
 
 def main() -> None:
@@ -269,12 +284,12 @@ def main() -> None:
         sys.exit(0)
     records = Records("giffon", fresh=given.fresh, quick=given.quick)
     for name in (LENET, RESNET):
-        layers = weft.survey(network(name, given.quick)[0], shown=False).layers
-        for layer, size in track([(layer, size) for layer in layers for size in SIZES], f"figure 3, {name}"):
+        pairs = list(product(layers_shown(name, given.quick), settings(NAMES["fitted"], given.quick)))
+        for layer, size in track(pairs, f"figure 3, {name}"):
             key = {"network": name, "layer": layer, "factors": size[0], "sparsity": size[1]}
             records.row("figure 3", key, partial(error_row, name, layer, *size, given.quick))
-        for method in ("dense, trained further", NAMES["fitted"], "TT", "Tucker-SVD"):
-            for setting in METHODS[method][0]:
+        for method in IN_MEMORY:
+            for setting in settings(method, given.quick):
                 key = {"network": name, "method": method, "setting": setting}
                 records.row("memory", key, partial(memory_row, name, method, setting, given.quick))
     for name, method, setting in track(list(wanted(given.quick)), "networks"):

@@ -1,7 +1,7 @@
 """Kissel and Diepold 2022: semiseparable and other structured layers, approximated, trained, or from scratch.
 
     python experiments/kissel_diepold.py           # about an hour and a half of one core
-    python experiments/kissel_diepold.py --quick   # one seed, one set of classes, less training
+    python experiments/kissel_diepold.py --quick   # a seed, a set of classes for both figures, less training
     python experiments/kissel_diepold.py --model torchvision:googlenet --layer fc --data imagefolder:DIR
 
 "figure 1": networks at 20 % of a layer's parameters by approximation alone, by approximation and training,
@@ -133,6 +133,7 @@ class Task:
         held_out: images by which learning rates are chosen.
         test: images and labels.
         epochs: of training; a reduced form has a tenth.
+        limit: how many of the training inputs are used; None for all.
     """
 
     def __init__(
@@ -143,10 +144,11 @@ class Task:
         held_out: Tensor,
         test: list[tuple[Tensor, Tensor]],
         epochs: int,
+        limit: int | None = None,
     ) -> None:
         self.model, self.layers, self.train, self.test = model.eval(), layers, train, test
-        self.held_out, self.epochs = held_out, epochs
-        found = weft.survey(model, inputs(train.batches(500, limit=8000)), shown=False)
+        self.held_out, self.epochs, self.limit = held_out, epochs, limit
+        found = weft.survey(model, inputs(train.batches(500, limit=limit or 8000)), shown=False)
         self.survey = replace(found, layers={name: found.layers[name] for name in layers})
         self.dense = accuracy(self.model, self.test)
 
@@ -173,7 +175,7 @@ class Task:
     def training(self, seed: int) -> dict[str, Any]:
         """What every training gets: the dense network as teacher, and how well its scores are met."""
         return {
-            "batches": self.train.batches(100, shuffle=True, seed=seed),
+            "batches": self.train.batches(100, shuffle=True, seed=seed, limit=self.limit),
             "teacher": self.model,
             "validation": lambda model: -float(OBJECTIVE(model, self.held_out, self.model)),
             "shown": False,
@@ -257,9 +259,10 @@ class Networks:
     @cache  # noqa: B019  (there is one)
     def task(self, name: str, classes: int | None = None) -> Task:
         if name == LENET:
-            dense, data = network(LENET)
+            dense, data = network(LENET, self.quick)
             held_out = torch.cat([images for images, _ in data.parts["held out"]])
-            return Task(dense, ("1", "3"), data.train, held_out, data.parts["test"], 1 if self.quick else 3)
+            epochs = 1 if self.quick else 3
+            return Task(dense, ("1", "3"), data.train, held_out, data.parts["test"], epochs, data.limit)
         epochs = 40 if classes is not None else 15
         return classifier(self.linear, self.source, classes, epochs // 10 if self.quick else epochs)
 
@@ -355,15 +358,17 @@ def main() -> None:
         key = {"network": name, "classes": number, "family": family}
         make = partial(first_row, partial(tasks.task, name, number), family, seed)
         rows.append((seed, partial(records.row, "figure 1", key, make, seed=seed)))
+    # The reduced form has its one set of classes in figure 2 as well.
+    numbers = dict(first) if given.quick else dict.fromkeys(networks)
     for (place, share), name, family in product(enumerate(shares), networks, FAMILIES):
         key = {"network": name, "family": family, "share_asked": share}
-        make = partial(second_row, partial(tasks.task, name), family, share)
+        make = partial(second_row, partial(tasks.task, name, numbers[name]), family, share)
         rows.append((place // 2, partial(records.row, "figure 2", key, make)))
     for _, run in track(sorted(rows, key=itemgetter(0)), "figures 1 and 2"):
         run()
     for row in track(records.of("figure 2"), "times"):
         key = {name: row[name] for name in ("network", "family", "share_asked")}
-        task = tasks.task(row["network"])
+        task = tasks.task(row["network"], numbers[row["network"]])
         records.row("time", key, partial(time_row, task, row["structures"]))
     show(sheets(records))
 

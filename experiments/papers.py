@@ -3,10 +3,12 @@
     python experiments/papers.py
 
 Runs nothing; run the experiments first. A figure of a paper stands in brackets or a column beside ours. Where
-an experiment has been run in its reduced form alone, that is what is shown, and its command says so.
+an experiment has been run in its reduced form alone, that is what is shown, and its command says so. At the
+end stands how long the experiments took.
 """
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import denton
@@ -15,7 +17,8 @@ import huelder
 import kissel_diepold
 import learning_compression
 import psm_nets
-from records import Records, Sheet
+from records import RESULTS, Records, Sheet
+from run_all import EXPERIMENTS
 
 from weft.storage import write_text
 
@@ -35,6 +38,41 @@ HEAD = """# The papers' experiments
 Written by `python experiments/papers.py` from the files in `experiments/results/`; do not edit.
 """
 
+HOURS = {"quick": 2, "full": 8}
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}"
+
+
+def times() -> Iterator[Sheet]:
+    """How long the experiments took, reduced and in full."""
+    path = RESULTS / "run_all_quick.json"
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        kinds = "seconds", "processor_seconds"
+        rows = [(row["name"], *(_minutes(row[kind]) for kind in kinds)) for row in record["times"]]
+        total = [_minutes(sum(row[kind] for row in record["times"])) for kind in kinds]
+        yield Sheet(
+            f"The reduced form of all, `{record['command']}` from nothing, in minutes",
+            ("experiment", "on the clock", "of processors"),
+            [*rows, ("together", *total)],
+            f"To take at most {HOURS['quick']} hours of two cores.",
+        )
+    rows, seconds = [], 0.0
+    for experiment in EXPERIMENTS:
+        count, taken = experiment.measured()
+        of = f"{count} of {experiment.rows}" if experiment.rows else str(count)
+        rows.append((experiment.name, of, _minutes(taken) if taken else "not kept"))
+        seconds += taken
+    yield Sheet(
+        "The full form: what the rows measured so far took, in minutes",
+        ("experiment", "rows", "on the clock"),
+        [*rows, ("together", "", _minutes(seconds))],
+        f"To take at most {HOURS['full']} hours of two cores. Rows were measured while other work shared the "
+        "two cores, so that times on the clock are longer than on a machine of one's own.",
+    )
+
 
 def main() -> None:
     parts = [HEAD]
@@ -49,6 +87,7 @@ def main() -> None:
         measured = f"`{records.command}`, {machine['processor']}, torch {machine['torch']}"
         parts += [f"## {title}", f"{measured}; commit of every row in the file."]
         parts += [sheet.markdown() for sheet in sheets(records)]
+    parts += ["## How long the experiments take", *(sheet.markdown() for sheet in times())]
     path = write_text(Path(__file__).resolve().parents[1] / "docs" / "papers.md", "\n\n".join(parts) + "\n")
     print(f"wrote {path}")
 

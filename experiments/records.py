@@ -4,7 +4,8 @@
     row = records.row("time", {"rank": 30, "method": "svd"}, measure)   # measured now, or read from the file
 
 The file is experiments/results/NAME.json; every row says which part it belongs to, its setting, the seed, the
-commit, and how long it took.
+commit, and how long it took: seconds on the clock, and the processor's, which others on the machine change
+less.
 """
 
 import argparse
@@ -67,9 +68,13 @@ class Records:
         for row in self.rows:
             if all(row.get(name) == value for name, value in key.items()):
                 return row
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         found = json.loads(json.dumps({**key, **compute()}))
-        found |= {"seconds_taken": time.perf_counter() - start, "commit": commit()}
+        found |= {
+            "seconds_taken": time.perf_counter() - start,
+            "processor_seconds": time.process_time() - processor,
+            "commit": commit(),
+        }
         self.rows.append(found)
         self.environment = surroundings(*self.packages)
         record = {

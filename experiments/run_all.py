@@ -8,18 +8,26 @@
 An experiment whose data or packages are absent says so and is passed over. The output of each goes to
 build/experiments/NAME.log. Reduced forms write files of their own (NAME_quick.json) and never touch the full
 ones. At the end docs/papers.md is written anew from the results. Exit status 1 where an experiment failed.
+
+How long each took, on the clock and of processors, goes to results/run_all.json or run_all_quick.json, where
+the whole was run and no experiment had any result to go on from.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from weft.bench import surroundings
+from weft.storage import write_text
 
 HERE = Path(__file__).parent
 LOGS = HERE.parent / "build" / "experiments"
@@ -33,6 +41,7 @@ class Experiment:
         script: its name without the ending.
         arguments: what it is given.
         by_row: whether it keeps its finished rows; else its results file says that it is finished.
+        rows: how many it has in full, where it keeps them.
         quick: whether it has a reduced form; one without belongs to no paper's table and runs in full only.
     """
 
@@ -40,6 +49,7 @@ class Experiment:
     arguments: tuple[str, ...] = ()
     by_row: bool = True
     quick: bool = True
+    rows: int = 0
 
     @property
     def name(self) -> str:
@@ -53,19 +63,30 @@ class Experiment:
             *(["--quick"] if quick else []),
         ]
 
+    def results(self, quick: bool) -> Path:
+        """The file that it writes."""
+        return HERE / "results" / f"{self.name}{'_quick' if quick else ''}.json"
+
     def finished(self) -> bool:
         """Whether nothing is left to do, as far as can be told without running it."""
-        return not self.by_row and (HERE / "results" / f"{self.name}.json").exists()
+        return not self.by_row and self.results(quick=False).exists()
+
+    def measured(self) -> tuple[int, float]:
+        """How many rows its full form has so far, and the seconds that they took, where they say it."""
+        path = self.results(quick=False)
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        rows = found.get("rows", [])
+        return len(rows), found.get("seconds", 0) + sum(row.get("seconds_taken") or 0 for row in rows)
 
 
 # The cheap ones first, so that an interrupted run has most tables.
 EXPERIMENTS = (
-    Experiment("denton"),
-    Experiment("huelder"),
-    Experiment("kissel_diepold"),
-    Experiment("giffon"),
-    Experiment("psm_nets"),
-    Experiment("learning_compression"),
+    Experiment("denton", rows=20),
+    Experiment("huelder", rows=72),
+    Experiment("kissel_diepold", rows=174),
+    Experiment("giffon", rows=168),
+    Experiment("psm_nets", rows=5),
+    Experiment("learning_compression", rows=17),
     Experiment("accuracy_by_rank", ("mnist",), by_row=False, quick=False),
     Experiment("accuracy_by_rank", ("mobilenet_v2",), by_row=False, quick=False),
     Experiment("accuracy_by_rank", ("resnet20",), by_row=False, quick=False),
@@ -73,17 +94,17 @@ EXPERIMENTS = (
     Experiment("pruning", by_row=False, quick=False),
     Experiment("quantisation", by_row=False, quick=False),
     Experiment("deep_compression", by_row=False, quick=False),
-    Experiment("bytes_frontier", quick=False),
+    Experiment("bytes_frontier", quick=False, rows=45),
     Experiment("resnet20_convolutions", by_row=False, quick=False),
-    Experiment("planner"),
+    Experiment("planner", rows=42),
 )
 
 
-def run(experiment: Experiment, quick: bool) -> tuple[str, float]:
-    """Runs one experiment; what became of it, and the seconds that it took."""
+def run(experiment: Experiment, quick: bool) -> tuple[str, float, float]:
+    """Runs one experiment; what became of it, and the seconds that it took: the clock's, the processors'."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{experiment.name}{'_quick' if quick else ''}.log"
-    started = time.perf_counter()
+    started, before = time.perf_counter(), os.times()
     # Both cores for one experiment at a time: timings inside them need the machine for themselves.
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
@@ -94,11 +115,24 @@ def run(experiment: Experiment, quick: bool) -> tuple[str, float]:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             check=False,
         )
-    seconds = time.perf_counter() - started
+    seconds, after = time.perf_counter() - started, os.times()
+    processor = sum(after[2:4]) - sum(before[2:4])  # the children's, in user mode and in the kernel's
     if done.returncode:
-        return f"failed: see {log}", seconds
+        return f"failed: see {log}", seconds, processor
     skipped = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("skipped:")]
-    return skipped[0] if skipped else "done", seconds
+    return skipped[0] if skipped else "done", seconds, processor
+
+
+def write_times(times: list[dict[str, Any]], quick: bool) -> None:
+    """Keeps how long a whole run took."""
+    record = {
+        "experiment": "run_all",
+        "command": f"python experiments/run_all.py{' --quick' if quick else ''}",
+        "environment": surroundings(),
+        "times": times,
+    }
+    path = HERE / "results" / f"run_all{'_quick' if quick else ''}.json"
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
@@ -117,27 +151,38 @@ def main() -> None:
     ]
     if given.list:
         for experiment in chosen:
-            print(
-                " ".join(experiment.command(given.quick)[1:]), "(finished)" if experiment.finished() else ""
-            )
+            rows, _ = experiment.measured()
+            so_far = f"({rows} of {experiment.rows} rows)" if experiment.by_row and not given.quick else ""
+            said = "(finished)" if experiment.finished() and not given.quick else so_far
+            print(" ".join(experiment.command(given.quick)[1:]), said)
         return
+    anew = not given.script and not any(experiment.results(given.quick).exists() for experiment in chosen)
+    times = []
     table = Table(title="experiments", title_justify="left")
-    for heading in ("experiment", "seconds", "result"):
+    for heading in ("experiment", "seconds", "processor's", "result"):
         table.add_column(heading, overflow="fold")
     failed = False
     for experiment in chosen:
         if experiment.finished() and not given.quick:
-            table.add_row(experiment.name, "", "finished before; remove its results to run it again")
+            table.add_row(experiment.name, "", "", "finished before; remove its results to run it again")
             continue
         print(f"{experiment.name} ...", flush=True)
-        result, seconds = run(experiment, given.quick)
+        result, seconds, processor = run(experiment, given.quick)
         failed = failed or result.startswith("failed")
         print(f"{experiment.name}: {result} ({seconds:.0f} s)", flush=True)
-        table.add_row(experiment.name, f"{seconds:.0f}", result)
+        table.add_row(experiment.name, f"{seconds:.0f}", f"{processor:.0f}", result)
+        times.append({
+            "name": experiment.name,
+            "seconds": seconds,
+            "processor_seconds": processor,
+            "result": result,
+        })
+    if anew and not failed:
+        write_times(times, given.quick)
     if not given.quick and not given.script:
-        result, _ = run(Experiment("papers"), quick=False)
+        result, *_ = run(Experiment("papers"), quick=False)
         failed = failed or result.startswith("failed")
-        table.add_row("docs/papers.md", "", result)
+        table.add_row("docs/papers.md", "", "", result)
     Console().print(table)
     sys.exit(1 if failed else 0)
 

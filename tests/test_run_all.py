@@ -1,5 +1,6 @@
 """The runner of the experiments: what is finished, absent or failing is told apart; quick runs stay quick."""
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -43,6 +44,32 @@ def test_results_of_quick_runs_lie_apart_from_full_ones() -> None:
         assert full.stem.endswith("_quick") or "--quick" not in record["command"]
 
 
+def test_a_whole_run_from_nothing_keeps_its_times(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "experiments"
+    (here / "results").mkdir(parents=True)
+    source = "import pathlib, time\nwhile time.process_time() < 0.3: pass\n"
+    (here / "busy.py").write_text(
+        f"{source}pathlib.Path('experiments/results/busy_quick.json').write_text('{{}}')"
+    )
+    monkeypatch.setattr(runner, "HERE", here)
+    monkeypatch.setattr(runner, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(runner, "EXPERIMENTS", (runner.Experiment("busy"),))
+    kept = here / "results" / "run_all_quick.json"
+    for goes_on in (False, True):
+        kept.unlink(missing_ok=True)
+        monkeypatch.setattr(sys, "argv", ["run_all.py", "--quick"])
+        with pytest.raises(SystemExit) as stop:
+            runner.main()
+        assert stop.value.code == 0
+        assert kept.exists() != goes_on  # what a run took that went on from results says nothing
+        if not goes_on:
+            (row,) = json.loads(kept.read_text())["times"]
+            assert row["name"] == "busy"
+            assert 0.25 < row["processor_seconds"] < row["seconds"] + 0.5
+
+
 def test_the_runner_tells_what_became_of_each(
     runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,3 +108,20 @@ def test_the_runner_tells_what_became_of_each(
     assert (tmp_path / "good.ran").read_text() == "--quick"
     assert not (tmp_path / "papers.ran").exists()
     assert (tmp_path / "logs" / "good_quick.log").exists()
+
+
+def test_the_numbers_of_rows_are_those_of_the_grids(
+    runner: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    rows = {experiment.script: experiment.rows for experiment in runner.EXPERIMENTS}
+    own = {name: importlib.import_module(name) for name in ("learning_compression", "psm_nets", "giffon")}
+    assert rows["learning_compression"] == len(own["learning_compression"].ROWS)
+    assert rows["psm_nets"] == len(own["psm_nets"].STARTS)
+    giffon = own["giffon"]
+    layers = 4 + 20  # of LeNet-5 and ResNet-20
+    memory = sum(len(giffon.METHODS[method][0]) for method in giffon.IN_MEMORY)
+    trained = len(list(giffon.wanted(quick=False)))
+    assert rows["giffon"] == layers * len(giffon.SIZES) + 2 * memory + trained
+    for experiment in runner.EXPERIMENTS:
+        assert not experiment.rows or experiment.measured()[0] <= experiment.rows
