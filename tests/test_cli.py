@@ -18,6 +18,7 @@ from weft.structures.low_rank import LowRank
 MODELS = """
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 def network():
     torch.manual_seed(0)
@@ -39,6 +40,17 @@ def without_layers():
 
 def wrong_shape():
     return torch.zeros(10, 3, 8, 8), torch.zeros(4, 3, 8, 8)
+
+def labelled_wrong():
+    pairs = TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64))
+    return pairs, pairs
+
+def vectors():
+    pairs = TensorDataset(torch.zeros(4, 64), torch.zeros(4, dtype=torch.int64))
+    return pairs, pairs
+
+def unlabelled():
+    return torch.zeros(10, 1, 8, 8), torch.zeros(4, 1, 8, 8)
 
 def empty():
     return torch.zeros(0, 1, 8, 8), torch.zeros(0, 1, 8, 8)
@@ -173,6 +185,29 @@ def test_planning_takes_constraints_sensitivity_and_kept_curves(
     assert list((folder / "kept" / "latencies").iterdir())
 
 
+def test_what_is_not_a_terminal_gets_tables_at_their_own_width(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert weft(monkeypatch, "survey models.py:network --data digits --samples 200 -o survey.json") == 0
+    capsys.readouterr()
+    command = "plan survey.json --budget bytes=0.4,multiply_adds=0.9 --families LowRank,Pruned,Quantized"
+    assert weft(monkeypatch, f"{command} --workers 1 -o plan.json") == 0
+    shown = capsys.readouterr().out
+    plan = Plan.load(folder / "plan.json")
+    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.startswith("│")}
+    assert list(rows) == list(plan.structures)
+    for name, structure in plan.items():
+        cells = [cell.strip() for cell in rows[name].split("│")[1:-1]]
+        assert cells[1] == str(structure)  # in one piece
+        dense = load_model("models.py:network").get_submodule(name).weight
+        cost = plan.expected[name].cost
+        assert cells[3:5] == [f"{cost.parameters / dense.numel():.1%}", f"{cost.bytes / dense.nbytes:.1%}"]
+        if plan.others.get(name):
+            (told,) = [line for line in shown.splitlines() if line.startswith(f"  {name}: ")]
+            assert all(family in told for family in plan.others[name])
+
+
 def test_a_survey_times_the_layers(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +307,17 @@ def test_export_is_checked_in_onnxruntime(
         ("export small.safetensors --data digits -o small.txt", "a .onnx or .pt2 file"),
         ("picture small.safetensors nowhere -o picture.svg", "LAYER must be one of"),
         ("report zero.json", '"weft_run": 1'),
+        ("survey models.py:network --data models.py:vectors", r"what Sequential takes, got \(4, 64\)"),
+        ("evaluate small.safetensors --data models.py:labelled_wrong", "data must be what Sequential takes"),
+        ("evaluate small.safetensors --data models.py:unlabelled", "pairs, got no labels"),
+        ("export small.safetensors --data models.py:labelled_wrong -o small.onnx", "what Sequential takes"),
+        ("export small.safetensors --data models.py:labelled_wrong -o small.pt2", "what Sequential takes"),
+        ("bench small.safetensors --data models.py:labelled_wrong", "what Sequential takes"),
+        ("survey models.py:network -o nowhere/survey.json", "in an existing folder"),
+        ("plan survey.json --budget bytes=0.5 -o nowhere/plan.json", "in an existing folder"),
+        ("plan survey.json --budget bytes=0.5 -o .", "--output must be a file"),
+        ("compress models.py:network --budget bytes=0.5 -o .", "--output must be a file"),
+        ("picture small.safetensors 4 -o nowhere/picture.svg", "in an existing folder"),
     ],
 )
 def test_bad_input_is_one_clear_line_status_2_and_nothing_written(

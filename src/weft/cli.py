@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +65,8 @@ app = typer.Typer(
 )
 console = Console()
 SCHEMES = ("direct", "lc", "iterative")
+_RIVALS = 4  # how many of a layer's families that were not chosen the plan's table names
+_WIDE = 1000  # columns: what a file or a pipe takes without folding
 
 MODEL_HELP = "Model: path/to/file.py:function, torchvision:NAME, timm:NAME, or hf:NAME_OR_DIR."
 DATA_HELP = (
@@ -197,6 +199,7 @@ def survey_command(
     ] = None,
 ) -> None:
     """Lists a network's layers with their costs, and measures what flows through them."""
+    _check_output(output)
     source = _given("MODEL", model, shards)
     if shards is not None:
         _without("--shards", data=data, weights=weights, fisher=fisher, times=times)
@@ -249,6 +252,7 @@ def plan_command(
     latency_batch: LatencyBatch = 1,
 ) -> None:
     """Chooses a structure for every layer under a budget; the JSON may be edited by hand."""
+    _check_output(output)
     limits = Budget.parse(budget)
     if limits.keep is not None:
         remedy = "use weft compress MODEL --budget keep=..., which measures every step"
@@ -354,7 +358,6 @@ def compress_command(
     entropy_coding: EntropyCoded = False,
 ) -> None:
     """Fits every layer of a plan, or walks the whole path from a model to a smaller one."""
-    _check_folder(output)
     checks.one_of("--scheme", scheme, SCHEMES)
     if price is not None and (scheme != "lc" or budget is not None or str(model).endswith(".json")):
         remedy = "e.g. weft compress MODEL --data digits --scheme lc --price parameters=1e-6"
@@ -367,6 +370,9 @@ def compress_command(
     pool = processes.pool(1)
     is_plan = model is not None and model.endswith(".json")
     record = read_json(str(model), "weft_plan", _PLANNED) if is_plan else {}
+    _check_output(output, folder=shards is not None or bool(record.get("shards")))
+    if plan_output is not None:
+        _check_output(plan_output)
     if record and budget is not None:
         remedy = "plan again for another budget"
         raise ValueError(checks.fault("--budget", "left out with a plan", budget, remedy))
@@ -527,7 +533,7 @@ def finetune_command(
     entropy_coding: EntropyCoded = False,
 ) -> None:
     """Trains a compressed network further, with the dense one as teacher or by labels."""
-    _check_folder(output)
+    _check_output(output)
     coder_of(entropy_coding)
     rates = _rates(learning_rate)
     scheme = FineTune.of(
@@ -590,7 +596,7 @@ def evaluate_command(
     thread_counts: ThreadCounts = None,
 ) -> None:
     """Measures a compressed network against the dense one on held-out data."""
-    _check_folder(output)
+    _check_output(output)
     small, network, _, _ = _read_pair(file, dense, weights)
     report = measure(
         small,
@@ -649,7 +655,7 @@ def bench_command(
         "seconds": checks.positive("--seconds", seconds),
     }
     if output is not None:
-        _check_folder(output)
+        _check_output(output)
     if (file is None) == (layer is None):
         got = "both" if file is not None else "neither"
         remedy = "e.g. weft bench small.safetensors --data digits, or weft bench --layer 1000x1280 ..."
@@ -717,6 +723,7 @@ def report_command(
     ] = None,
 ) -> None:
     """Turns a measurement, or several side by side, into one self-contained page."""
+    _check_output(output)
     if len(runs) > 1:
         for name, value in (("--plan", plan), ("--log", log)):
             if value is not None:
@@ -753,11 +760,11 @@ def export_command(
     dense: Dense = None,
 ) -> None:
     """Writes the compressed network for onnxruntime (.onnx, checked there) or torch.export (.pt2)."""
+    _check_output(output)
     if output.suffix not in {".onnx", ".pt2"}:
         raise ValueError(
             checks.fault("--output", "a .onnx or .pt2 file", output.name, "name it e.g. small.onnx")
         )
-    _check_folder(output)
     small = load(file, None if dense is None else load_model(dense))
     sample = load_data(data).sample_input
     if output.suffix == ".pt2":
@@ -781,6 +788,7 @@ def picture_command(
     dense: Dense = None,
 ) -> None:
     """Draws the block structure of a layer: low-rank blocks green with their rank, dense blocks red."""
+    _check_output(output)
     small = load(file, None if dense is None else load_model(dense))
     names = [name for group in structured_layers(small).values() for name in group]
     checks.one_of("LAYER", layer, names)
@@ -998,7 +1006,8 @@ def _plan_of(small: nn.Module, found: Survey) -> Plan:
         cost = layer.per_sample(own.matrix.cost(layer.geometry))
         error = relative_error(layer.weight, own.matrix.to_dense())
         points[name] = Candidate(own.matrix.structure, cost, error)
-    return Plan({name: point.structure for name, point in points.items()}, expected=points)
+    total = sum((points[name].cost - found.layers[name].cost for name in points), found.total)
+    return Plan({name: point.structure for name, point in points.items()}, expected=points, total=total)
 
 
 def _constraints(keep_dense: str, only: list[str] | None) -> Constraints:
@@ -1086,11 +1095,16 @@ def _needed(data: Data | None) -> Data:
     return data
 
 
-def _check_folder(path: Path) -> None:
+def _check_output(path: Path, *, folder: bool = False) -> None:
     """Finds out before the work whether its result can be written."""
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            checks.fault("--output", "in an existing folder", path, "create the folder first")
+    parent, remedy = path.absolute().parent, "create the folder first"
+    if not parent.is_dir():
+        raise FileNotFoundError(checks.fault("--output", "in an existing folder", path, remedy))
+    if path.is_dir() and not folder:
+        raise IsADirectoryError(checks.fault("--output", "a file", f"the folder {path}", "name a file in it"))
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(
+            checks.fault("--output", "in a folder that may be written to", path, "choose another")
         )
 
 
@@ -1147,42 +1161,53 @@ def _times(advice: Advice, dense_seconds: float) -> tuple[str, str, str]:
 
 
 def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = None) -> None:
+    """The chosen structures with their costs as shares of the dense layers', and why others lost."""
     table = Table(title="plan", title_justify="left", padding=(0, 0, 0, 1))
     table.add_column("layer", overflow="fold")
     table.add_column("structure", overflow="fold", min_width=16)
-    for heading in ("shape", "parameters", "share", "error"):
-        table.add_column(heading, justify="right")
-    if any(plan.others.values()):
-        table.add_column("others", overflow="fold")
+    table.add_column("shape", justify="right")
+    names = ("parameters", "bytes", "multiply_adds")
+    for name in names:
+        table.add_column(name.replace("_", "-"), justify="right")
+    table.add_column("error", justify="right")
     measured = {entry["layer"]: entry for entry in log or []}
     for name, structure in plan.items():
-        layer = found.layers[name]
-        point = plan.expected.get(name)
-        parameters = (
-            measured[name]["parameters"] if name in measured else point.cost.parameters if point else None
-        )
-        error = measured[name]["error"] if name in measured else point.error if point else None
-        reasons = plan.others.get(name, {}).items()
-        rivals = "\n".join(f"{family}: {why.partition(' at no more')[0]}" for family, why in reasons)
+        layer, point = found.layers[name], plan.expected.get(name)
+        cost: Mapping[str, int] = measured.get(name, {} if point is None else asdict(point.cost))
+        error = measured[name]["error"] if name in measured else None if point is None else point.error
+        dense = asdict(layer.cost)
         table.add_row(
             name,
             str(structure),
             "x".join(map(str, layer.shape)),
-            "-" if parameters is None else f"{parameters:,}",
-            "-" if parameters is None else f"{parameters / layer.cost.parameters:.1%}",
+            *(f"{cost[one] / dense[one]:.1%}" if one in cost and dense[one] else "-" for one in names),
             "-" if error is None else f"{error:.4f}",
-            *([rivals] if any(plan.others.values()) else []),
         )
     console.print(table)
+    _print_rivals(plan)
     if plan.total is not None:
         parts = [
             f"{name.replace('_', '-')} {now:,} ({now / dense:.1%} of dense)"
-            for name in ("parameters", "bytes", "multiply_adds")
+            for name in names
             if (dense := getattr(found.total, name)) and (now := getattr(plan.total, name)) is not None
         ]
         if plan.peak_memory is not None:
             parts.append(f"at most {plan.peak_memory:,} bytes in memory")
         console.print("the network: " + ", ".join(parts), highlight=False)
+
+
+def _print_rivals(plan: Plan) -> None:
+    """Under the table, one line a layer: the families that came nearest."""
+    told = {name: reasons for name, reasons in plan.others.items() if name in plan and reasons}
+    if not told:
+        return
+    console.print("why the others lost: their error at no more cost, or the least that they need")
+    for name, reasons in told.items():
+        nearest = sorted(reasons.items(), key=lambda reason: (not reason[1].startswith("error"), reason[1]))
+        words = [f"{family} {why.partition(' at no more')[0]}" for family, why in nearest[:_RIVALS]]
+        more = len(nearest) - len(words)
+        rest = f"; {more} more in the plan" if more else ""
+        console.print(f"  {name}: {'; '.join(words)}{rest}", highlight=False)
 
 
 def main() -> None:
@@ -1202,6 +1227,8 @@ def version_option(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """Shows the version."""
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDE  # a table in a file or a pipe is as wide as it is
     if version:
         print(f"weft {weft.__version__} ({route()})")
         raise typer.Exit

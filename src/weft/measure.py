@@ -10,7 +10,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -62,6 +62,49 @@ def call(model: nn.Module, batch: Batch) -> Any:
         expected = f"what {type(model).__name__}.forward takes"
         remedy = "if your batches are (inputs, targets) pairs, pass weft.inputs(batches)"
         raise TypeError(checks.fault("batch", expected, f"{len(batch)} inputs", remedy)) from error
+
+
+def call_checked(model: nn.Module, batch: Batch, argument: str = "batches") -> Any:
+    """Calls a model with a batch that a user gave and nobody has tried yet.
+
+    Args:
+        model: the network.
+        batch: its inputs.
+        argument: the name that the user knows them by.
+
+    Returns:
+        What the model returns.
+
+    Raises:
+        ValueError: the model fails on them; its own words are in the message.
+        OutOfMemoryError: there is not enough memory, for which the batch is not to blame.
+    """
+    try:
+        return call(model, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        shapes = ", ".join(f"{tuple(item.shape)} of {item.dtype}" for item in tensors_in(batch))
+        expected = f"what {type(model).__name__} takes"
+        got = f"{shapes or type(batch).__name__} ({str(error).splitlines()[0] if str(error) else error!r})"
+        remedy = "pass inputs of the shape and type that the model was made for"
+        raise ValueError(checks.fault(argument, expected, got, remedy)) from error
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch.
+
+    Args:
+        batch: a model's inputs.
+
+    Yields:
+        A tensor itself, or those that a dictionary, list or tuple holds.
+    """
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        yield from (item for item in values if isinstance(item, Tensor))
 
 
 def _takes(model: nn.Module, batch: Sequence[Any]) -> bool:
@@ -228,7 +271,7 @@ def accuracy(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | N
     with evaluating(model), torch.no_grad():
         for batch in track(data, "evaluating", shown=shown):
             given, labels = labelled(batch)
-            scores = logits_of(call(model, to_device(given, device)))
+            scores = logits_of(call_checked(model, to_device(given, device), "data"))
             if labels.shape != scores.shape[:-1]:
                 remedy = "one label per score vector"
                 raise ValueError(
@@ -263,6 +306,8 @@ def paired(batch: Any) -> tuple[Any, Tensor]:
     if not (isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor)):
         remedy = "pass batches of (inputs, labels)"
         got = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        if isinstance(batch, list | tuple) and len(batch) == 2:
+            got = "no labels" if batch[1] is None else f"labels that are {type(batch[1]).__name__}"
         raise TypeError(checks.fault("data", "an iterable of (inputs, labels) pairs", got, remedy))
     return batch[0], batch[1]
 
@@ -754,6 +799,9 @@ def latencies(
         One row per combination.
     """
     wanted = [(size, count) for count in (thread_counts or [torch.get_num_threads()]) for size in batches]
+    for model in (dense, compressed):
+        with evaluating(model), torch.inference_mode():
+            call_checked(model, to_device(sample, device_of(model)), "sample")
     rows = []
     with evaluating(dense), evaluating(compressed), torch.inference_mode():
         for size, count in track(wanted, "timing", shown=shown):

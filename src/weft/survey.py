@@ -22,6 +22,7 @@ from weft.measure import (
     Batch,
     batch_size,
     call,
+    call_checked,
     device_of,
     evaluating,
     logits_of,
@@ -464,11 +465,16 @@ def input_vectors(x: Tensor, shape: Sequence[int], geometry: Geometry | None) ->
 
     Yields:
         Pieces of shape (groups, count, inputs).
+
+    Raises:
+        RuntimeError: a convolution's input has another number of axes; as torch itself says it, only later.
     """
     if geometry is None:
         vectors = x.reshape(1, -1, shape[1])
         yield from vectors.split(max(1, PIECE // shape[1]), dim=1)
         return
+    if x.ndim not in {len(shape) - 1, len(shape)}:
+        raise RuntimeError(f"a convolution over {len(shape) - 2} axes got an input of {x.ndim}")
     images = x if x.ndim == len(shape) else x.unsqueeze(0)
     yield from patches_in_pieces(images, shape[2:], geometry)
 
@@ -818,7 +824,7 @@ def _with_moments(
                 if not size:
                     continue
                 batch = to_device(batch, device_of(model))
-                output = _call_checked(model, batch)
+                output = call_checked(model, batch)
                 if backward:
                     if loss == "squared":
                         value = _along_random_direction(output, generator) / size
@@ -863,27 +869,6 @@ def _with_moments(
     )
     total = replace(total, multiply_adds=total.multiply_adds + round(more))
     return Survey(reached, left_dense, total, samples)
-
-
-def _call_checked(model: nn.Module, batch: Batch) -> Any:
-    try:
-        return call(model, batch)
-    except (RuntimeError, IndexError) as error:
-        shapes = ", ".join(str(tuple(item.shape)) for item in _tensors(batch)) or type(batch).__name__
-        remedy = "pass batches of the shape that the model takes"
-        first_line = str(error).splitlines()[0]
-        raise ValueError(
-            checks.fault("batches", "what the model takes", f"{shapes} ({first_line})", remedy)
-        ) from error
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, dict):
-        yield from (item for item in batch.values() if isinstance(item, Tensor))
-    elif isinstance(batch, list | tuple):
-        yield from (item for item in batch if isinstance(item, Tensor))
 
 
 def _teacher_output(teacher: nn.Module | None, model: nn.Module, output: Any, batch: Batch) -> Any:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from weft import checks
 from weft.export.torch_export import BATCH_AXIS, arguments_of, batch_axes, trace, with_batch_size
-from weft.measure import Batch, batch_size, call, device_of, evaluating, to_device
+from weft.measure import Batch, batch_size, call_checked, device_of, evaluating, to_device
 from weft.storage import write_beside
 
 # The loggers of the exporter and the libraries under it, which comment on every step.
@@ -190,7 +190,7 @@ def check_onnx(
 def _difference(session: Any, model: nn.Module, sample: Batch) -> float:
     """The largest relative difference between the outputs of file and network."""
     with evaluating(model), torch.no_grad():
-        expected = _tensors(call(model, to_device(sample, device_of(model))))
+        expected = _tensors(call_checked(model, to_device(sample, device_of(model)), "sample"))
     outputs = session.run(None, _feed(session, sample))
     if len(outputs) != len(expected):
         remedy = "export this very model again"

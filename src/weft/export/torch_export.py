@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from weft import checks
-from weft.measure import Batch, batch_size, call, device_of, evaluating, slow_attention_path, to_device
+from weft.measure import (
+    Batch,
+    batch_size,
+    call_checked,
+    device_of,
+    evaluating,
+    slow_attention_path,
+    to_device,
+)
 from weft.storage import write_beside
 
 BATCH_AXIS = "batch"
@@ -71,7 +79,7 @@ def trace(model: nn.Module, sample: Batch, *, dynamic_batch: bool = True) -> Exp
     sample = to_device(sample, device_of(model))
     positional, keywords = arguments_of(sample)
     with evaluating(model), torch.no_grad(), slow_attention_path():
-        call(model, sample)  # a wrong sample fails here, in the model's own words
+        call_checked(model, sample, "sample")
         shapes = batch_axes(model, sample, Dim(BATCH_AXIS)) if dynamic_batch else None
         try:
             return torch.export.export(model, positional, keywords, dynamic_shapes=shapes)

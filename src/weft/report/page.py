@@ -233,7 +233,18 @@ def _columns(layers: Sequence[Mapping[str, Any]], pareto: Mapping[str, Any] | No
         ("sensitivity", "sensitivity", "predicted loss of the network per squared relative error", ".3g"),
         ("loss", "share of loss", "of the network's predicted loss", ".1%"),
     ]
-    kept = [column for column in columns if any(layer[column[0]] is not None for layer in layers)]
+    values = {column[0]: {layer[column[0]] for layer in layers} - {None} for column in columns}
+    kept = [column for column in columns if values[column[0]]]
+    if len(layers) > 1 and len(values["sensitivity"]) == 1:  # nothing is known of it, or nothing to compare
+        alike = (
+            "of the network's predicted loss, a squared relative error counting the same in every layer: "
+            "survey with --fisher, or plan with --sensitivity, to weigh them"
+        )
+        kept = [
+            (key, heading, alike if key == "loss" else told, spec)
+            for key, heading, told, spec in kept
+            if key != "sensitivity"
+        ]
     names = ("key", "heading", "help", "format")
     return [dict(zip(names, column, strict=True)) for column in kept]
 
