@@ -85,7 +85,7 @@ def call_checked(model: nn.Module, batch: Batch, argument: str = "batches") -> A
         raise
     except (RuntimeError, IndexError) as error:
         shapes = ", ".join(f"{tuple(item.shape)} of {item.dtype}" for item in tensors_in(batch))
-        expected = f"what {type(model).__name__} takes"
+        expected = "what the model takes"
         got = f"{shapes or type(batch).__name__} ({str(error).splitlines()[0] if str(error) else error!r})"
         remedy = "pass inputs of the shape and type that the model was made for"
         raise ValueError(checks.fault(argument, expected, got, remedy)) from error
