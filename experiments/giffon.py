@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from data import shared_file
-from learning_compression import Images, network
+from learning_compression import EVALUATED, Images, network
 from psm_nets import PUBLISHED_RATE, protocol
 from records import Records, Sheet, parser, show
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ PUBLISHED = {
 }
 OURS = "weighted fit"
 NAMES = {"fitted": "PSM", "supports": "PSM re-init", "random": "PSM random", OURS: "PSM, weighted fit"}
-BATCH = 16
+BATCH, HELD_OUT = 16, 1000
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -161,7 +161,11 @@ def network_row(name: str, method: str, setting: Any, quick: bool) -> dict[str, 
     folder = BUILD / re.sub(r"\W+", "_", f"{name} {method} {setting} {epochs}{' quick' if quick else ''}")
     BUILD.mkdir(parents=True, exist_ok=True)
     scheme = protocol(epochs, OPTIMISER[name], quick)
-    options: dict[str, Any] = {"validation": data.parts["held out"][:1], "checkpoint": folder, "shown": False}
+    options: dict[str, Any] = {
+        "validation": data.parts["held out"][: HELD_OUT // EVALUATED],
+        "checkpoint": folder,
+        "shown": False,
+    }
     ways = {name: way for way, name in NAMES.items()}
     untrained = None
     if ways.get(method) in ("supports", "random"):
@@ -271,11 +275,17 @@ def layers_shown(name: str, quick: bool) -> list[str]:
 
 
 def wanted(quick: bool) -> Iterator[tuple[str, str, Any]]:
-    """The networks to train; table III's first, of both networks."""
-    for method in METHODS:
-        for setting in settings(method, quick):
-            for name in (LENET, RESNET):
-                yield name, method, setting
+    """The networks to train: those of the reduced form first, so that an interrupted run has most tables."""
+    found = [
+        (name, method, setting)
+        for method in METHODS
+        for setting in settings(method, quick)
+        for name in (LENET, RESNET)
+    ]
+    rough = [
+        (name, method, setting) for name, method, setting in found if setting in settings(method, quick=True)
+    ]
+    yield from dict.fromkeys([*rough, *found])
 
 
 def main() -> None:

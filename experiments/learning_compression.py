@@ -59,6 +59,7 @@ from weft.survey import Survey
 HERE = Path(__file__).parent
 NAME = "learning_compression"
 WORK = HERE.parent / "build" / NAME
+EVALUATED = 250  # images at once: what lies between layers stays in the caches, which halves ResNet-20's time
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -89,8 +90,8 @@ class Images:
         self.limit = None if share == 1 else int(share * len(images))
         few = None if share == 1 else 1000
         self.parts = {
-            "test": list(data.batches("test", batch_size=1000, limit=few)),
-            "held out": list(held_out.batches(1000, limit=few)),
+            "test": list(data.batches("test", batch_size=EVALUATED, limit=few)),
+            "held out": list(held_out.batches(EVALUATED, limit=few)),
         }
 
     def batches(self) -> Any:
