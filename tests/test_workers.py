@@ -77,6 +77,23 @@ def test_a_bound_ends_with_its_task() -> None:
     assert len(outcomes) == 5
 
 
+def _process(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_what_takes_few_seconds_starts_no_processes() -> None:
+    outcomes = dict(workers.run(_process, [0.0] * 4, workers=2, alone=60.0))
+    assert outcomes == dict.fromkeys(range(4), os.getpid())
+
+
+def test_processes_join_in_once_it_takes_longer() -> None:
+    outcomes = dict(workers.run(_process, [0.2] * 5, workers=2, alone=0.3))
+    assert sorted(outcomes) == [0, 1, 2, 3, 4]
+    assert outcomes[0] == outcomes[1] == os.getpid()
+    assert os.getpid() not in {outcomes[2], outcomes[3], outcomes[4]}
+
+
 def test_the_machine_has_as_much_memory_as_the_kernel_says() -> None:
     total = next(
         int(line.split()[1]) * 1024

@@ -22,6 +22,9 @@ from weft.survey import LayerSurvey, Survey
 # How many candidates of every other family a wrapper is offered per layer, and the relative error from which
 # on nothing is worth building on.
 MOST_INNER, MOST_INNER_ERROR = 8, 0.7
+# Starting processes takes longer than all curves of a small network: so many seconds of work come first where
+# the layers of all open curves have at most so many numbers together.
+ALONE, _SMALL = 4.0, 2**24
 
 
 def error_curves(
@@ -84,7 +87,9 @@ def error_curves(
             else:
                 piece.add(curve, found)
         made = [piece for piece, _ in open_pieces]
-        done = run(_curve, made, workers=workers, ray=ray, memory=worker_memory)
+        small = sum(piece.layer.weight.numel() for piece in made) <= _SMALL
+        alone = ALONE if small else 0.0
+        done = run(_curve, made, workers=workers, ray=ray, memory=worker_memory, alone=alone)
         for number, points in track(done, description, total=len(made), shown=shown):
             piece, key = open_pieces[number]
             if kept is not None and key is not None:

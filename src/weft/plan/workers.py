@@ -7,9 +7,11 @@ no more tasks on a node than the node has memory for.
 """
 
 import importlib
+import math
 import os
 import pickle
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -38,6 +40,7 @@ def run(
     workers: int = 1,
     ray: str | None = None,
     memory: int | None = None,
+    alone: float = 0.0,
 ) -> Iterator[tuple[int, Outcome]]:
     """Applies a function to tasks, in whatever order they are done.
 
@@ -52,6 +55,8 @@ def run(
         memory: bytes that a worker may take beyond what it holds when idle, its task and outcome included;
             where None, the machine's (on Ray, the poorest node's) shared out evenly. Work in this process is
             not bounded.
+        alone: seconds that this process works alone before it starts others, which takes it seconds; none
+            where a bound on memory is given.
 
     Yields:
         A task's number and its outcome.
@@ -66,11 +71,16 @@ def run(
             raise ValueError(checks.fault("memory", expected, memory, "leave it out"))
     if ray is not None:
         yield from _on_ray(function, tasks, ray, memory)
-    elif workers > 1 and len(tasks) > 1:
-        yield from _in_processes(function, tasks, min(workers, len(tasks)), memory)
-    else:
-        for number, task in enumerate(tasks):
-            yield number, function(task)
+        return
+    started, done = time.perf_counter(), 0
+    alone = math.inf if workers == 1 else 0.0 if memory is not None else alone
+    while done < len(tasks) and (done == len(tasks) - 1 or time.perf_counter() - started < alone):
+        yield done, function(tasks[done])
+        done += 1
+    rest = tasks[done:]
+    if rest:
+        for number, outcome in _in_processes(function, rest, min(workers, len(rest)), memory):
+            yield done + number, outcome
 
 
 def default_workers() -> int:
