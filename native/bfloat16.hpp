@@ -27,4 +27,8 @@ static inline Bfloat16 narrowed(float value) {
     return {static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
+// Arrays of them, compiled once.
+void widen(const Bfloat16 *from, std::int64_t count, float *to);
+void narrow(const float *from, std::int64_t count, Bfloat16 *to);
+
 }  // namespace weft

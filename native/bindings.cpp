@@ -273,7 +273,7 @@ private:
 PyObject *takes_raw_pointers(PyObject *, PyObject *const *tensors, Py_ssize_t count) {
     Arguments arguments;
     for (Py_ssize_t i = 0; i < count; ++i)
-        if (tensors[i] != Py_None) arguments.tensor(tensors[i]);
+        if (tensors[i] != Py_None) arguments.tensor(tensors[i], Numbers::floating);
     if (arguments.serve()) Py_RETURN_TRUE;
     const Owned none(arguments.declined());
     if (!none) return nullptr;
@@ -323,24 +323,40 @@ PyObject *run(PyObject *x, const Plain &shape, std::int64_t outputs, Product &&p
     return enough ? out.release() : PyErr_NoMemory();
 }
 
-// Vectors of halves as floats.
-std::vector<float> as_floats(std::uintptr_t place, std::int64_t count) {
-    const auto *from = at<const weft::Bfloat16>(place);
-    std::vector<float> wide(static_cast<std::size_t>(place == 0 ? 0 : count));
-    for (std::size_t i = 0; i < wide.size(); ++i) wide[i] = weft::widened(from[i]);
+// Halves as floats, in memory that the calling thread keeps between its calls: one piece for each of the arrays of a
+// product. Floats as they are.
+enum Piece { vectors_piece, bias_piece, result_piece, first_piece, second_piece, pieces };
+
+float *scratch(Piece piece, std::int64_t count) {
+    thread_local std::vector<float> memory[pieces];
+    if (memory[piece].size() < static_cast<std::size_t>(count)) memory[piece].resize(static_cast<std::size_t>(count));
+    return memory[piece].data();
+}
+
+const float *as_floats(std::uintptr_t place, std::int64_t count, bool half, Piece piece) {
+    if (!half || place == 0) return at<const float>(place);
+    float *wide = scratch(piece, count);
+    weft::widen(at<const weft::Bfloat16>(place), count, wide);
     return wide;
 }
 
-// As `run`, for vectors and results of halves: product(x, bias, result), all in floats, the bias null where there is
-// none.
+const float *as_floats(const Plain &tensor, Piece piece) {
+    return as_floats(tensor.data, tensor.count(), tensor.half, piece);
+}
+
+// As `run`, by product(x, bias, result) in floats whatever the tensors hold; the bias null where there is none.
 template <typename Product>
 PyObject *run_in_floats(PyObject *x, const Plain &shape, std::uintptr_t bias, std::int64_t outputs, Product &&product) {
     return run(x, shape, outputs, [&](float *out) {
-        const std::vector<float> wide = as_floats(shape.data, shape.count()), wide_bias = as_floats(bias, outputs);
-        std::vector<float> result(static_cast<std::size_t>(shape.batch() * outputs));
-        product(wide.data(), bias != 0 ? wide_bias.data() : nullptr, result.data());
-        auto *to = reinterpret_cast<weft::Bfloat16 *>(out);
-        for (const float value : result) *to++ = weft::narrowed(value);
+        const float *vectors = as_floats(shape, vectors_piece), *added = as_floats(bias, outputs, shape.half, bias_piece);
+        if (!shape.half) {
+            product(vectors, added, out);
+            return;
+        }
+        const std::int64_t count = shape.batch() * outputs;
+        float *result = scratch(result_piece, count);
+        product(vectors, added, result);
+        weft::narrow(result, count, reinterpret_cast<weft::Bfloat16 *>(out));
     });
 }
 
@@ -380,12 +396,10 @@ PyObject *low_rank_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
                                                             rank, outputs},
                              static_cast<int>(threads[0]));
     };
-    if (x.half)
-        return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
-            apply(weft::Bfloat16(), vectors, added, out);
-        });
-    return run(given[0], x, outputs,
-               [&](float *out) { apply(0.0f, at<const float>(x.data), at<const float>(bias), out); });
+    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+        if (x.half) apply(weft::Bfloat16(), vectors, added, out);
+        else apply(0.0f, vectors, added, out);
+    });
 }
 
 constexpr Py_ssize_t most_matrices = 8;
@@ -457,12 +471,10 @@ PyObject *block_sequence_apply(PyObject *, PyObject *const *given, Py_ssize_t co
         weft::block_sequence_apply(weft::BlockSequenceOf<Weight>{code, weights_at, vectors, added, out, x.batch()},
                                    static_cast<int>(threads));
     };
-    if (x.half)
-        return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
-            apply(weft::Bfloat16(), vectors, added, out);
-        });
-    return run(given[0], x, outputs,
-               [&](float *out) { apply(0.0f, at<const float>(x.data), at<const float>(bias), out); });
+    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+        if (x.half) apply(weft::Bfloat16(), vectors, added, out);
+        else apply(0.0f, vectors, added, out);
+    });
 }
 
 // sparse_chain_apply(x, values, bias, table, count, entries, inputs, outputs, threads). `table`: the address of five
@@ -477,19 +489,19 @@ PyObject *sparse_chain_apply(PyObject *, PyObject *const *given, Py_ssize_t coun
     const auto table = static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(given[3]));
     if (PyErr_Occurred() != nullptr) return nullptr;
     Arguments arguments;
-    const Plain x = arguments.tensor(given[0]), values = arguments.tensor(given[1]);
-    const std::uintptr_t bias = arguments.optional(given[2], outputs);
+    const Plain x = arguments.tensor(given[0], Numbers::floating), values = arguments.tensor(given[1], Numbers::floating);
+    const std::uintptr_t bias = arguments.optional(given[2], outputs, x.half);
     if (!arguments.serve()) return arguments.declined();
-    arguments.require(x.axes >= 1 && x.last() == inputs && values.count() == entries);
+    arguments.require(x.axes >= 1 && x.last() == inputs && values.count() == entries && values.half == x.half);
     if (!arguments.serve()) return arguments.declined();
-    return run(given[0], x, outputs, [&](float *out) {
+    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
         std::vector<weft::SparseSupport> supports;
         const auto *row = at<const std::int64_t>(table);
         for (std::int64_t i = 0; i < matrices; ++i, row += 5)
             supports.push_back({row[0], row[1], at<const void>(static_cast<std::uintptr_t>(row[2])),
                                 at<const std::int64_t>(static_cast<std::uintptr_t>(row[3])), row[4] != 0});
-        weft::sparse_chain_apply({at<const float>(x.data), at<const float>(values.data), supports.data(), matrices,
-                                  at<const float>(bias), out, x.batch()},
+        weft::sparse_chain_apply({vectors, as_floats(values, first_piece), supports.data(), matrices, added, out,
+                                  x.batch()},
                                  static_cast<int>(threads));
     });
 }
@@ -509,25 +521,26 @@ PyObject *quantized_apply(PyObject *, PyObject *const *given, Py_ssize_t count) 
         return nullptr;
     const auto [bits, group, inputs, int8, threads] = numbers;
     Arguments arguments;
-    const Plain x = arguments.tensor(given[0]), codes = arguments.tensor(given[1], Numbers::uint8);
-    const Plain scales = arguments.tensor(given[2]);
+    const Plain x = arguments.tensor(given[0], Numbers::floating), codes = arguments.tensor(given[1], Numbers::uint8);
+    const Plain scales = arguments.tensor(given[2], Numbers::floating);
     const std::int64_t outputs = rows_of_codes(arguments, codes, bits, inputs);
-    const std::uintptr_t bias = arguments.optional(given[4], outputs);
+    const std::uintptr_t bias = arguments.optional(given[4], outputs, x.half);
     arguments.require(group >= 1 && group <= inputs && inputs % group == 0);
     if (!arguments.serve()) return arguments.declined();
-    arguments.require(x.axes >= 1 && x.last() == inputs && scales.has_shape(outputs, inputs / group));
+    arguments.require(x.axes >= 1 && x.last() == inputs && scales.has_shape(outputs, inputs / group) &&
+                      scales.half == x.half);
     Plain zeros;
     if (given[3] != Py_None) {
-        zeros = arguments.tensor(given[3]);
+        zeros = arguments.tensor(given[3], Numbers::floating);
         if (!arguments.serve()) return arguments.declined();
-        arguments.require(zeros.has_shape(outputs, inputs / group));
+        arguments.require(zeros.has_shape(outputs, inputs / group) && zeros.half == x.half);
     }
     if (!arguments.serve()) return arguments.declined();
-    return run(given[0], x, outputs, [&](float *out) {
+    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
         const weft::QuantizedProduct product = {
-            {at<const std::uint8_t>(codes.data), at<const float>(scales.data), at<const float>(zeros.data), nullptr, 0,
-             inputs, outputs, group, static_cast<int>(bits)},
-            at<const float>(x.data), at<const float>(bias), out, x.batch()};
+            {at<const std::uint8_t>(codes.data), as_floats(scales, first_piece), as_floats(zeros, second_piece),
+             nullptr, 0, inputs, outputs, group, static_cast<int>(bits)},
+            vectors, added, out, x.batch()};
         if (int8 != 0) weft::quantized_int8(product, static_cast<int>(threads));
         else weft::quantized_float(product, static_cast<int>(threads));
     });
@@ -540,37 +553,21 @@ PyObject *codebook_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
         return nullptr;
     const auto [bits, inputs, threads] = numbers;
     Arguments arguments;
-    const Plain x = arguments.tensor(given[0]), codes = arguments.tensor(given[1], Numbers::uint8);
-    const Plain book = arguments.tensor(given[2]);
+    const Plain x = arguments.tensor(given[0], Numbers::floating), codes = arguments.tensor(given[1], Numbers::uint8);
+    const Plain book = arguments.tensor(given[2], Numbers::floating);
     const std::int64_t outputs = rows_of_codes(arguments, codes, bits, inputs);
-    const std::uintptr_t bias = arguments.optional(given[3], outputs);
+    const std::uintptr_t bias = arguments.optional(given[3], outputs, x.half);
     if (!arguments.serve()) return arguments.declined();
     const std::int64_t values = std::int64_t{1} << bits;
-    arguments.require(x.axes >= 1 && x.last() == inputs &&
+    arguments.require(x.axes >= 1 && x.last() == inputs && book.half == x.half &&
                       (book.has_shape(1, values) || book.has_shape(outputs, values)));
     if (!arguments.serve()) return arguments.declined();
-    return run(given[0], x, outputs, [&](float *out) {
-        weft::quantized_float({{at<const std::uint8_t>(codes.data), nullptr, nullptr, at<const float>(book.data),
+    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+        weft::quantized_float({{at<const std::uint8_t>(codes.data), nullptr, nullptr, as_floats(book, first_piece),
                                 book.shape[0] == 1 ? 0 : values, inputs, outputs, inputs, static_cast<int>(bits)},
-                               at<const float>(x.data), at<const float>(bias), out, x.batch()},
+                               vectors, added, out, x.batch()},
                               static_cast<int>(threads));
     });
-}
-
-// A matrix of codewords from its tensors, which fit together where `arguments` still serves.
-weft::CodewordMatrix codeword_matrix(Arguments &arguments, PyObject *const *codes_words_scales, std::int64_t subspaces) {
-    const Plain codes = arguments.tensor(codes_words_scales[0], Numbers::uint8);
-    const Plain words = arguments.tensor(codes_words_scales[1]);
-    arguments.require(subspaces >= 1);
-    if (!arguments.serve()) return {};
-    arguments.require(codes.axes == 2 && words.axes == 3);
-    if (!arguments.serve()) return {};
-    const std::int64_t outputs = codes.shape[0], books = words.shape[0], codewords = words.shape[2];
-    const std::uintptr_t scales = arguments.optional(codes_words_scales[2], outputs);
-    arguments.require(books >= 1 && books <= subspaces && codewords >= 1 && codewords <= weft::table_entries &&
-                      codes.shape[1] == (codewords <= 16 ? (subspaces + 1) / 2 : subspaces));
-    return {at<const std::uint8_t>(codes.data), at<const float>(words.data), at<const float>(scales), outputs,
-            subspaces, books, codewords, words.shape[1]};
 }
 
 // codewords_apply(x, codes, words, scales, bias, subspaces, threads)
@@ -581,15 +578,25 @@ PyObject *codewords_apply(PyObject *, PyObject *const *given, Py_ssize_t count) 
         return nullptr;
     const auto [subspaces, threads] = numbers;
     Arguments arguments;
-    const Plain x = arguments.tensor(given[0]);
-    const weft::CodewordMatrix matrix = codeword_matrix(arguments, given + 1, subspaces);
+    const Plain x = arguments.tensor(given[0], Numbers::floating), codes = arguments.tensor(given[1], Numbers::uint8);
+    const Plain words = arguments.tensor(given[2], Numbers::floating);
+    arguments.require(subspaces >= 1);
     if (!arguments.serve()) return arguments.declined();
-    const std::uintptr_t bias = arguments.optional(given[4], matrix.outputs);
-    arguments.require(x.axes >= 1 && x.last() == subspaces * matrix.width);
+    arguments.require(codes.axes == 2 && words.axes == 3 && words.half == x.half);
     if (!arguments.serve()) return arguments.declined();
-    return run(given[0], x, matrix.outputs, [&](float *out) {
-        weft::codewords_apply({matrix, at<const float>(x.data), at<const float>(bias), out, x.batch()},
-                              static_cast<int>(threads));
+    const std::int64_t outputs = codes.shape[0], books = words.shape[0], width = words.shape[1];
+    const std::int64_t codewords = words.shape[2];
+    const std::uintptr_t scales = arguments.optional(given[3], outputs, x.half);
+    const std::uintptr_t bias = arguments.optional(given[4], outputs, x.half);
+    arguments.require(books >= 1 && books <= subspaces && codewords >= 1 && codewords <= weft::table_entries &&
+                      codes.shape[1] == (codewords <= 16 ? (subspaces + 1) / 2 : subspaces));
+    arguments.require(x.axes >= 1 && x.last() == subspaces * width);
+    if (!arguments.serve()) return arguments.declined();
+    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+        const weft::CodewordMatrix matrix = {
+            at<const std::uint8_t>(codes.data), as_floats(words, first_piece),
+            as_floats(scales, outputs, x.half, second_piece), outputs, subspaces, books, codewords, width};
+        weft::codewords_apply({matrix, vectors, added, out, x.batch()}, static_cast<int>(threads));
     });
 }
 

@@ -22,6 +22,12 @@ MEMBERS = [
     "Hierarchical(rank=5, leaf_size=16)",
     "Hierarchical(rank=3, leaf_size=5, admissibility=strong)",
     "SequentiallySemiseparable(stages=4, state_dimension=6)",
+    "SparseProduct(factors=2, sparsity=5)",
+    "Pruned(density=0.1)",
+    "Quantized(bits=8)",
+    "Quantized(bits=4, group=25, zero=free)",
+    "Quantized(bits=3, codebook=kmeans)",
+    "ProductQuantized(subspaces=25, codewords=16)",
 ]
 
 
@@ -58,6 +64,28 @@ def test_results_are_the_exact_ones_rounded_once(text: str, batch: tuple[int, ..
             continue  # PyTorch's own products of halves, which round twice
         error = (y.double() - expected).abs()
         assert (error <= 2.0**-8 * expected.abs() + 1e-5 * expected.abs().max()).all()
+
+
+@pytest.mark.usefixtures("_copy_of_the_kernels")
+@pytest.mark.parametrize("batch", [(1,), (2, 4), (70,)])
+def test_whole_numbers_come_from_the_vectors_as_floats(batch: tuple[int, ...]) -> None:
+    x = torch.randn(*batch, 75, generator=torch.Generator().manual_seed(0)).bfloat16()
+    matrix = member("Quantized(bits=8, activations=int8)", (101, 75))
+    wide = copy.deepcopy(matrix).float()
+    with torch.inference_mode():
+        assert torch.equal(matrix(x), wide(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize("text", MEMBERS)
+def test_compiled_graphs_give_the_same(text: str) -> None:
+    if text.startswith("LowRank"):
+        pytest.skip("PyTorch's own products of halves, which round twice")
+    layer = StructuredLinear(member(text, (20, 75)), torch.randn(20).bfloat16()).eval()
+    x = torch.randn(2, 75).bfloat16()
+    with torch.inference_mode():
+        expected = layer(x)
+        torch.compiler.reset()  # every family is a new compilation of the same forward
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), expected)
 
 
 def test_plain_inference_takes_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

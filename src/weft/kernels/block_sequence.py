@@ -194,7 +194,7 @@ def block_sequence_apply(
         return composed(x, bias) if y is None else y
     if dispatch.calls_operation(x):
         flat = _in_order(matrices, program.names)
-        if flat is not None and _operation_serves(x, flat, bias):
+        if flat is not None and dispatch.operation_runs_natively(x, *flat, bias):
             return _operation(x, flat, program.code, bias, program.outputs)
     return composed(x, bias)
 
@@ -204,18 +204,6 @@ def _in_order(matrices: Matrices, names: tuple[str, ...]) -> list[Tensor] | None
     if not isinstance(matrices, dict):
         return list(matrices)
     return [matrices[name] for name in names] if all(name in matrices for name in names) else None
-
-
-def _operation_serves(x: Tensor, matrices: Sequence[Tensor], bias: Tensor | None) -> bool:
-    """Whether a compiled graph should hold the operation: where native code will run, without gradients."""
-    # With gradients the composition's own are faster, and known to every transform.
-    tensors = [x, *matrices] if bias is None else [x, *matrices, bias]
-    return (
-        dispatch.native is not None
-        and x.device.type == "cpu"
-        and all(tensor.dtype == torch.float32 for tensor in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-    )
 
 
 # The same program in PyTorch's operations: the operation's fallback and backward, and the tests' oracle.

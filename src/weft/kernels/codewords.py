@@ -57,7 +57,8 @@ def codewords_apply(
     if not _is_compiling():
         y = _apply_in_memory(x, codes, words, scales, bias, subspaces)
         return composed(x, bias) if y is None else y
-    if dispatch.calls_operation(x) and _operation_serves(x, words, scales, bias):
+    fits = words.shape[-1] <= _MOST_CODEWORDS
+    if fits and dispatch.calls_operation(x) and dispatch.operation_runs_natively(x, words, scales, bias):
         return _operation(x, codes, words, scales, bias, subspaces)
     return composed(x, bias)
 
@@ -87,18 +88,6 @@ def _apply_in_memory(
     if _native_apply is None or words.shape[-1] > _MOST_CODEWORDS:
         return None
     return _native_apply(x, codes, words, scales, bias, subspaces, _get_num_threads())
-
-
-def _operation_serves(x: Tensor, words: Tensor, scales: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether a compiled graph should hold the operation: where native code will run, without gradients."""
-    tensors = [tensor for tensor in (x, words, scales, bias) if tensor is not None]
-    return (
-        dispatch.native is not None
-        and words.shape[-1] <= _MOST_CODEWORDS
-        and x.device.type == "cpu"
-        and all(tensor.dtype == torch.float32 for tensor in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-    )
 
 
 # The operation that compiled graphs hold, without gradients: with them the composition's own serve.

@@ -18,6 +18,7 @@ __all__ = [
     "in_plain_eager",
     "native",
     "needs_plain_operations",
+    "operation_runs_natively",
     "route",
     "takes_raw_pointers",
 ]
@@ -159,13 +160,34 @@ def calls_operation(x: Tensor) -> bool:
     )
 
 
+def operation_runs_natively(x: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether an operation in a compiled graph would run natively, so that the graph gains by holding it.
+
+    Args:
+        x: The input of the primitive.
+        *tensors: The other floating tensors that it reads; None for an absent one.
+
+    Returns:
+        True where all are of one of the kernels' dtypes, in host memory, and no gradient is recorded: with
+        gradients the reference's own operations are faster, and known to every transform.
+    """
+    present = [x, *(tensor for tensor in tensors if tensor is not None)]
+    return (
+        native is not None
+        and x.device.type == "cpu"
+        and x.dtype in {torch.float32, torch.bfloat16}
+        and all(tensor.dtype == x.dtype for tensor in present)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present))
+    )
+
+
 def takes_raw_pointers(*tensors: Tensor | None) -> bool:
     """The one guard in front of the native library: whether it may read the tensors' memory right now.
 
     Refuses whatever stands between a call and the memory (compiler, exporter, tracer, functorch transforms,
     function and dispatch modes, autocast, forward-mode differentiation), tensors other than plain contiguous
-    float32 in host memory, and calls that have to be recorded for a gradient. Shapes are the primitive's to
-    check.
+    float32 or bfloat16 in host memory, and calls that have to be recorded for a gradient. Shapes and equal
+    dtypes are the primitive's to check.
 
     Args:
         *tensors: Every tensor that the native function would read; None for an absent one.
