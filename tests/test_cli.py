@@ -130,6 +130,7 @@ def test_sizes_are_learned_at_a_price(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = "compress models.py:network --data digits --samples 200 --scheme lc --steps 3 --keep-dense 6"
+    command += " --metric outputs"
     assert weft(monkeypatch, f"{command} --price parameters=1e-4 --checkpoint run -o small.safetensors") == 0
     small = load(folder / "small.safetensors")
     assert "LowRank" in capsys.readouterr().out
@@ -267,6 +268,10 @@ def test_export_is_checked_in_onnxruntime(
         ("compress models.py:network --budget bytes=1.5", "budget bytes must be a share"),
         ("compress models.py:network", "--budget must be given"),
         ("compress models.py:network --scheme lc --price parameters=0", "price must be above 0"),
+        (
+            "compress models.py:network --scheme lc --metric inputs",
+            "--metric must be one of .weights., .outputs.",
+        ),
         (
             "compress models.py:network --price parameters=1",
             "--price must be given with MODEL and",

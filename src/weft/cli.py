@@ -40,7 +40,7 @@ from weft.report.report import Report, measure, write_comparison
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import FineTune, fine_tune
 from weft.schemes.iterative_pruning import IterativePruning
-from weft.schemes.learning_compression import LearningCompression, Priced, Task, rising
+from weft.schemes.learning_compression import METRICS, LearningCompression, Priced, Task, rising
 from weft.schemes.log import read_log
 from weft.schemes.processes import writes_files
 from weft.schemes.search import SearchResult, search
@@ -347,6 +347,13 @@ def compress_command(
     penalty_factor: Annotated[
         float, typer.Option("--penalty-factor", help="With lc: by how much it rises per step.")
     ] = 1.3,
+    metric: Annotated[
+        str,
+        typer.Option(
+            "--metric",
+            help="With lc: compare weights as they are (weights) or by what layers give out (outputs).",
+        ),
+    ] = "weights",
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", help="With lc or iterative: a folder from which the run goes on."),
@@ -359,6 +366,7 @@ def compress_command(
 ) -> None:
     """Fits every layer of a plan, or walks the whole path from a model to a smaller one."""
     checks.one_of("--scheme", scheme, SCHEMES)
+    checks.one_of("--metric", metric, METRICS)
     if price is not None and (scheme != "lc" or budget is not None or str(model).endswith(".json")):
         remedy = "e.g. weft compress MODEL --data digits --scheme lc --price parameters=1e-6"
         expected = "given with MODEL and --scheme lc, without --budget"
@@ -444,7 +452,8 @@ def compress_command(
         if scheme == "lc":
             if worth is not None:
                 tasks = {"*": Priced(chosen, worth, _constraints(keep_dense, only))}
-            learning = LearningCompression(training, rising(penalty, penalty_factor, steps))
+            penalties = rising(penalty, penalty_factor, steps)
+            learning = LearningCompression(training, penalties, metric=metric)
             small, log = learning.run(network, tasks, batches, survey=found, **options)
         else:
             iterative = IterativePruning(training, steps=steps)

@@ -35,7 +35,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ from weft.survey import LayerSurvey, Survey
 from weft.survey import survey as survey_model
 
 Members = Mapping[str, StructuredMatrix]
+METRICS = ("weights", "outputs")
 
 # Rounds over the terms of a sum, and the relative gain in the objective below which they end.
 _ROUNDS, _TOLERANCE = 5, 1e-3
@@ -399,7 +400,7 @@ class LearningCompression:
     penalties: Sequence[float] = rising()
     learning_rate_decay: float = 0.98
     multipliers: bool = True
-    metric: Literal["weights", "outputs"] = "weights"
+    metric: str = "weights"
 
     def __post_init__(self) -> None:
         if not len(self.penalties):
@@ -412,7 +413,7 @@ class LearningCompression:
                 remedy = "sort them, or use e.g. rising(9e-5, 1.1, 40)"
                 raise ValueError(checks.fault("penalties", "a schedule that never falls", got, remedy))
         checks.share("learning_rate_decay", self.learning_rate_decay)
-        checks.one_of("metric", self.metric, ("weights", "outputs"))
+        checks.one_of("metric", self.metric, METRICS)
 
     def run(
         self,
