@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from data import cifar10, mnist, shared_file
 from models import lenet_5, lenet_300_100
 from records import Records, Sheet, parser, show
@@ -99,6 +100,12 @@ class Images:
         batches = self.train.batches(self.batch_size, shuffle=True, limit=self.limit)
         return Augmented(batches, flip=True) if self.flip else batches
 
+    def numbered(self) -> Any:
+        """As `batches`, with the images' numbers in place of labels."""
+        images = TensorSplit(self.train.inputs, torch.arange(len(self.train)), scaling=self.train.scaling)
+        batches = images.batches(self.batch_size, shuffle=True, limit=self.limit)
+        return Augmented(batches, flip=True) if self.flip else batches
+
     def calibration(self) -> Any:
         """Some training images without labels."""
         return inputs(self.train.batches(256, limit=self.calibrated))
@@ -107,6 +114,46 @@ class Images:
         """Errors in percent, on the test images and on those held out."""
         model.eval()
         return {part: 100 * (1 - accuracy(model, images, shown=False)) for part, images in self.parts.items()}
+
+
+class Scores:
+    """The loss to a network's scores, which are found once: the mean over an image and its mirror image.
+
+    Both sides are softened by a temperature, as scores on images that the network knows are sure.
+
+    Args:
+        model: the network.
+        images: a split with the training images.
+        temperature: T; the loss is T² times the Kullback-Leibler divergence.
+    """
+
+    def __init__(self, model: nn.Module, images: TensorSplit, temperature: float = 4.0) -> None:
+        self.temperature = temperature
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            scores = [
+                (model(batch) + model(batch.flip(-1))).float() / 2 for batch in inputs(images.batches(256))
+            ]
+        self.target = (torch.cat(scores) / temperature).log_softmax(-1)
+
+    def __call__(self, scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch of numbered images."""
+        own = (scores / self.temperature).log_softmax(-1)
+        lost = F.kl_div(own, self.target[numbers], log_target=True, reduction="batchmean")
+        return self.temperature**2 * lost
+
+
+@cache
+def scores(name: str, quick: bool) -> Scores:
+    """What a reference network says of its training images."""
+    model, data = network(name, quick)
+    return Scores(model, data.train)
+
+
+@cache
+def surveyed(name: str, quick: bool) -> Survey:
+    """A reference network's survey."""
+    model, data = network(name, quick)
+    return weft.survey(model, data.calibration(), shown=False)
 
 
 def trained(make: Callable[[], nn.Module], training: Training, data: Images) -> nn.Module:
@@ -188,6 +235,7 @@ BINARY = Quantized(1, codebook="kmeans")
 REFERENCE_ERROR = 2.13
 # Few steps, in bfloat16: the pull to the structures soon is as strong as the loss's.
 TUNING = Training(learning_rate=1e-3, mixed_precision=True)
+RESIDUAL_STEPS = replace(scheme(0.05, 3.0, 3, 0.01, True), metric="outputs")
 
 
 def lenet_5_row(part: str, tasks: Tasks, scheme: LearningCompression) -> Row:
@@ -196,13 +244,8 @@ def lenet_5_row(part: str, tasks: Tasks, scheme: LearningCompression) -> Row:
 
 
 def resnet_row(family: str, budget: Budget) -> Row:
-    """A row of ResNet-20, taught by itself: its scores on images that it knows are sure, hence softened."""
-    taught = Objective(temperature=4.0)
-    steps = scheme(0.02, 4.0, 3, 0.02, True)
-    steps = replace(steps, training=replace(steps.training, objective=taught))
-    return Row(
-        RESIDUAL, "ResNet-20", planned(family, budget), steps, replace(TUNING, objective=taught), taught=True
-    )
+    """A row of ResNet-20, taught by itself."""
+    return Row(RESIDUAL, "ResNet-20", planned(family, budget), RESIDUAL_STEPS, TUNING, taught=True)
 
 
 def sums_row(first: int, second: int) -> Row:
@@ -305,19 +348,21 @@ def run(name: str, quick: bool) -> dict[str, Any]:
     """Both ways to the structures of one row."""
     row = ROWS[name]
     model, data = network(row.network, quick)
-    survey = weft.survey(model, data.calibration(), shown=False)
+    survey = surveyed(row.network, quick)
     folder = folders(name, quick)
     lc, tuned = settings(row, quick)
-    teacher = model if row.taught else None
+    objective = Objective(loss=scores(row.network, quick)) if row.taught else Objective()
+    lc = replace(lc, training=replace(lc.training, objective=objective))
+    tuning = replace(row.tuning, objective=objective)
+
+    def batches() -> Any:
+        return data.numbered() if row.taught else data.batches()
 
     def fine_tuned(small: nn.Module, way: str, epochs: int) -> nn.Module:
-        scheme = FineTune(replace(row.tuning, epochs=epochs))
-        return scheme.run(small, data.batches(), teacher=teacher, checkpoint=folder / way).model
+        return FineTune(replace(tuning, epochs=epochs)).run(small, batches(), checkpoint=folder / way).model
 
     tasks = row.tasks(survey) if callable(row.tasks) else row.tasks
-    small, log = lc.run(
-        model, tasks, data.batches(), survey=survey, teacher=teacher, checkpoint=folder / "lc"
-    )
+    small, log = lc.run(model, tasks, batches(), survey=survey, checkpoint=folder / "lc")
     found = {layer: small.get_submodule(layer).matrix.structure for layer in structured_layers(small)}
     direct, _ = weft.compress(model, found, survey, batches=data.calibration())
     steps = len(lc.penalties)
