@@ -195,6 +195,7 @@ class Row:
         tasks: the C steps, or what makes them of the network's survey.
         scheme: the L steps and penalties.
         tuning: how to fine-tune; the epochs follow from the scheme.
+        tuned: how many epochs; half as many as L steps where None.
         taught: whether the reference's scores are learned in place of the labels.
         published: the error in percent that the LC library's page gives, where its reference has 2.13.
     """
@@ -204,6 +205,7 @@ class Row:
     tasks: Tasks | Callable[[Survey], Tasks]
     scheme: LearningCompression
     tuning: Training = Training(learning_rate=1e-3)
+    tuned: int | None = None
     taught: bool = False
     published: float | None = None
 
@@ -235,7 +237,9 @@ BINARY = Quantized(1, codebook="kmeans")
 REFERENCE_ERROR = 2.13
 # Few steps, in bfloat16: the pull to the structures soon is as strong as the loss's.
 TUNING = Training(learning_rate=1e-3, mixed_precision=True)
-RESIDUAL_STEPS = replace(scheme(0.05, 3.0, 3, 0.01, True), metric="outputs")
+# Sizes follow from price over penalty, so that both must be of one order from the first step on.
+RESIDUAL_CURVE = replace(scheme(0.15, 1.6, 3, 0.015, True), metric="outputs")
+RESIDUAL_STEPS = replace(scheme(0.05, 2.5, 3, 0.015, True), metric="outputs")
 
 
 def lenet_5_row(part: str, tasks: Tasks, scheme: LearningCompression) -> Row:
@@ -245,7 +249,12 @@ def lenet_5_row(part: str, tasks: Tasks, scheme: LearningCompression) -> Row:
 
 def resnet_row(family: str, budget: Budget) -> Row:
     """A row of ResNet-20, taught by itself."""
-    return Row(RESIDUAL, "ResNet-20", planned(family, budget), RESIDUAL_STEPS, TUNING, taught=True)
+    return Row(RESIDUAL, "ResNet-20", planned(family, budget), RESIDUAL_STEPS, TUNING, 2, True)
+
+
+def residual_curve(tasks: Tasks) -> Row:
+    """A point of ResNet-20's curve."""
+    return Row(CURVES, "ResNet-20", tasks, RESIDUAL_CURVE, TUNING, taught=True)
 
 
 def sums_row(first: int, second: int) -> Row:
@@ -294,6 +303,16 @@ ROWS = {
     # A kernel that is a sparse product is formed as a whole: its multiply-adds stay, only storage shrinks.
     "SparseProduct, half the parameters": resnet_row("SparseProduct", Budget(parameters=0.5)),
     **{
+        f"ResNet-20, ranks by price, {price:g} a multiply-add": residual_curve({
+            "*": Priced("LowRank", Price(multiply_adds=price))
+        })
+        for price in (6e-6, 1.5e-5)
+    },
+    "ResNet-20, plain + reshaped": residual_curve({
+        f"layer{stage}.*": Added((LowRank(own), Reshaped(LowRank(own), 24 * 2**stage)))
+        for stage, own in ((1, 4), (2, 8), (3, 16))
+    }),
+    **{
         f"ranks by price, {price:g} a multiply-add": lenet_5_row(
             CURVES, {"*": Priced("LowRank", Price(multiply_adds=price))}, LOW_RANK_STEPS
         )
@@ -341,7 +360,7 @@ def settings(row: Row, quick: bool) -> tuple[LearningCompression, int]:
     """The scheme and the epochs of fine-tuning."""
     penalties = row.scheme.penalties
     lc = replace(row.scheme, penalties=penalties[:: len(penalties) // 2]) if quick else row.scheme
-    return lc, max(1, len(lc.penalties) // 2)
+    return lc, max(1, len(lc.penalties) // 2) if row.tuned is None or quick else row.tuned
 
 
 def run(name: str, quick: bool) -> dict[str, Any]:
