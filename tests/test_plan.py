@@ -266,6 +266,32 @@ def test_wrappers_are_offered_the_useful_sizes_of_every_family(monkeypatch: pyte
     assert all(alone[part] < 0.7 for part in sizes)
 
 
+def test_what_is_no_family_budget_or_structure_is_refused(surveyed: tuple[nn.Sequential, Survey]) -> None:
+    model, survey = surveyed
+    for wanted, message in (("lowrank", "got 'lowrank'; write LowRank"), ("Lowrank2", "check the spelling")):
+        with pytest.raises(ValueError, match=message):
+            weft.allocate(survey, wanted, weft.Budget(bytes=0.5))
+    for wanted in (None, [3], [nn.Linear]):
+        with pytest.raises(TypeError, match="families must be names or classes, got"):
+            weft.allocate(survey, wanted, weft.Budget(bytes=0.5))
+    with pytest.raises(TypeError, match=r"budget must be a Budget, got 'bytes=0\.5'; e\.g\. weft\.Budget"):
+        weft.allocate(survey, "LowRank", "bytes=0.5")
+    name = next(iter(survey.layers))
+    with pytest.raises(TypeError, match=f"plan of layer {name} must be a structure, got 'LowRank'"):
+        weft.compress(model, {name: "LowRank"}, survey)
+
+
+def test_a_plan_reads_as_a_table(surveyed: tuple[nn.Sequential, Survey]) -> None:
+    _, survey = surveyed
+    plan = weft.allocate(survey, "LowRank", weft.Budget(bytes=0.5))
+    head, *lines = str(plan).splitlines()
+    assert head == f"plan for at most 50 % of the bytes, {len(plan)} layers"
+    for line, (name, structure) in zip(lines, plan.items(), strict=True):
+        assert line.split()[0] == name
+        assert str(structure) in line
+        assert f"error {plan.expected[name].error:.4f}" in line
+
+
 def test_processes_compute_the_same_curves(
     surveyed: tuple[nn.Sequential, Survey], monkeypatch: pytest.MonkeyPatch
 ) -> None:

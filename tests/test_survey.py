@@ -220,6 +220,7 @@ def test_what_stays_dense_says_why() -> None:
     assert list(layers) == ["plain"]
     reasons = {
         "attention.out_proj": "nn.MultiheadAttention reads its weight",
+        "attention.in_proj_weight": "MultiheadAttention uses it",
         "bounded": "its max_norm changes rows",
         "normed": "computed by a parametrisation",
         "lazy": "it is lazy",
@@ -652,6 +653,33 @@ def test_nan_weights_are_refused_naming_the_layer(mixed: nn.Module) -> None:
         mixed.grouped.weight[0] = math.nan
     with pytest.raises(ValueError, match="weight of layer grouped must be finite everywhere, got 4 NaN"):
         survey_of(mixed, images())
+
+
+def test_matrices_that_belong_to_no_layer_are_named() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.zeros(10, 8))
+            self.scale = nn.Parameter(torch.ones(1, 1))
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.rest = nn.Linear(8, 8)
+
+    found = weft.survey(Tokens())
+    assert list(found.layers) == ["rest"]
+    assert found.left_dense == {
+        "attention.out_proj": "nn.MultiheadAttention reads its weight instead of calling it",
+        "attention.in_proj_weight": "MultiheadAttention uses it in a way of its own",
+        "places": "Tokens uses it in a way of its own",
+    }
+    assert "attention.in_proj_weight left dense, because" in str(found)
+    assert "1 weights can be replaced, of a network with" in str(found)
+    with pytest.raises(ValueError, match=r"at least \d+, the smallest .* \((\d+) of it in what stays dense"):
+        weft.allocate(found, "LowRank", weft.Budget(parameters=0.5))
+
+
+def test_what_is_no_network_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 'resnet18'; pass the network"):
+        weft.survey("resnet18")
 
 
 def test_models_without_layers_are_refused() -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from weft import checks
 from weft.checkpoint import WEIGHTS, Checkpoint, StoredTensor
@@ -47,6 +48,8 @@ from weft.structures.base import (
 WIDEST_DENSE_GRAM = 16384
 # Patches of a convolution, and rows of a linear layer, are multiplied in pieces of at most this many numbers.
 PIECE = 2**24
+# A matrix that belongs to no layer is named where it holds at least this share of the parameters.
+WORTH_TELLING = 0.01
 
 _GRAM_KINDS: dict[str, type[Any]] = {
     "dense": DenseGram,
@@ -158,6 +161,23 @@ class Survey:
     left_dense: dict[str, str]
     total: Cost
     samples: int = 0
+
+    def __str__(self) -> str:
+        counts = f"{self.total.parameters:,} parameters, {self.total.bytes:,} bytes"
+        adds = f", {self.total.multiply_adds:,} multiply-adds" if self.total.multiply_adds else ""
+        rows = [
+            (
+                " = ".join(layer.names),
+                "x".join(map(str, layer.shape)),
+                f"{layer.cost.parameters:,} parameters",
+            )
+            for layer in self.layers.values()
+        ]
+        return "\n".join([
+            f"{len(rows)} weights can be replaced, of a network with {counts}{adds}",
+            *in_columns(rows),
+            *(f"{name} left dense, because {reason}" for name, reason in self.left_dense.items()),
+        ])
 
     def to_json(self) -> dict[str, Any]:
         """The summary: everything but weights and second moments.
@@ -305,6 +325,32 @@ class Survey:
         )
 
 
+def in_columns(rows: Sequence[Sequence[str]], right: int = 2) -> list[str]:
+    """Rows as lines of text, every column as wide as its longest cell.
+
+    Args:
+        rows: cells; a row may end early.
+        right: from which column on cells stand to the right.
+
+    Returns:
+        The lines.
+
+    Examples:
+        >>> in_columns([("head", "10x64", "640"), ("a", "64x512", "32,768"), ("b",)])
+        ['  head  10x64      640', '  a     64x512  32,768', '  b']
+    """
+    most = max(map(len, rows), default=0)
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(most)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column >= right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
 def _gram_from(stored: dict[str, Tensor] | None) -> Gram | None:
     if stored is None:
         return None
@@ -372,7 +418,23 @@ def find_layers(model: nn.Module) -> tuple[dict[str, LayerSurvey], dict[str, str
             left_dense[names[0]] = f"its weight is empty: {tuple(weight.shape)}"
         else:
             layers[names[0]] = LayerSurvey(names[0], tuple(names), weight.detach(), geometry, lookup=lookup)
-    return layers, left_dense
+    return layers, left_dense | _kept_by_others(model, tuple(f"{name}." for name in left_dense))
+
+
+def _kept_by_others(model: nn.Module, told: tuple[str, ...]) -> dict[str, str]:
+    """The larger matrices among a model's parameters that belong to no layer of a supported kind."""
+    held = {
+        f"{name}.{own}".lstrip("."): (parameter, type(module).__name__)
+        for name, module in model.named_modules()
+        if refusal(module) == "" and not f"{name}.".startswith(told)
+        for own, parameter in module.named_parameters(recurse=False)
+    }
+    whole = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+    return {
+        name: f"{kind} uses it in a way of its own"
+        for name, (parameter, kind) in held.items()
+        if not is_lazy(parameter) and parameter.ndim > 1 and parameter.numel() >= WORTH_TELLING * whole
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -681,6 +743,7 @@ def survey(
     Raises:
         ValueError: the model has no layer that can be replaced, there are no batches in `batches`, a batch
             does not fit the model, or `loss` and `teacher` are both given or given without batches.
+        TypeError: the model is no module.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -694,6 +757,8 @@ def survey(
         raise ValueError(checks.fault("loss and teacher", "one of the two", "both", "drop one"))
     if batches is None and (loss is not None or teacher is not None):
         raise ValueError(checks.fault("batches", "given with loss or teacher", None, "pass calibration data"))
+    if not isinstance(model, nn.Module):
+        raise TypeError(checks.fault("model", "an nn.Module", repr(model), "pass the network itself"))
     layers, left_dense = find_layers(model)
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_dense.items())[:3])

@@ -88,6 +88,7 @@ def allocate(
         ValueError: nothing can meet the budget (the message says the smallest possible), a family or the
             method is unknown, or the budget needs something that is not given: a survey with batches, a
             latency or memory table, a search over held-out data.
+        TypeError: the budget is no Budget, or a family neither a name nor a class.
 
     Examples:
         >>> import torch, weft
@@ -98,6 +99,9 @@ def allocate(
     """
     checks.one_of("method", method, METHODS)
     chosen_families = select(families)
+    if not isinstance(budget, Budget):
+        remedy = "e.g. weft.Budget(bytes=0.25)"
+        raise TypeError(checks.fault("budget", "a Budget", repr(budget), remedy))
     if budget.keep is not None:
         remedy = "call weft.search, which measures every step on held-out data"
         raise ValueError(checks.fault("budget keep", "left to a search", budget.keep, remedy))
@@ -311,11 +315,14 @@ class _Knapsack:
     def check_reachable(self) -> None:
         """Checks that every limit, by itself, can be met; a ValueError that says the smallest possible."""
         least = np.minimum.reduceat(self.costs, self.first, axis=0).sum(0) + self.limits - self.room
-        for name, needed, limit in zip(self.limit_names, least, self.limits, strict=True):
+        fixed = self.limits - self.room
+        for name, needed, limit, rest in zip(self.limit_names, least, self.limits, fixed, strict=True):
             if needed > limit:
                 shown = f"{needed:.3g} s" if name == "latency" else f"{needed:.0f}"
                 got = f"{limit:.3g} s" if name == "latency" else f"{limit:.0f}"
                 expected = f"at least {shown}, the smallest possible with these families"
+                if name in COSTS and rest > 0:
+                    expected += f" ({rest:.0f} of it in what stays dense in any case)"
                 remedy = "raise it, or allow more families"
                 raise ValueError(checks.fault(f"budget {name}", expected, got, remedy))
 

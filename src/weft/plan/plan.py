@@ -13,7 +13,7 @@ from weft.plan.pareto import Pareto
 from weft.storage import read_json, write_text
 from weft.structures import from_json
 from weft.structures.base import Candidate, Cost, Structure
-from weft.survey import Survey
+from weft.survey import Survey, in_columns
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,17 @@ class Plan(Mapping[str, Structure]):
 
     def __hash__(self) -> int:
         return hash(frozenset(self.structures.items()))
+
+    def __str__(self) -> str:
+        rows = []
+        for name, structure in self.items():
+            point = self.expected.get(name)
+            told = (
+                () if point is None else (f"{point.cost.parameters:,} parameters", f"error {point.error:.4f}")
+            )
+            rows.append((name, str(structure), *told))
+        head = "plan" if self.budget is None else f"plan for {self.budget.in_words()}"
+        return "\n".join([f"{head}, {len(rows)} layers", *in_columns(rows)])
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-ready data.
@@ -149,8 +160,12 @@ def check_plan(plan: Mapping[str, Structure], survey: Survey) -> None:
     Raises:
         ValueError: a layer is not in the model or left dense for a reason, or a structure is impossible for
             it.
+        TypeError: something in it is no structure.
     """
     for name, structure in plan.items():
+        if not isinstance(structure, Structure):
+            remedy = "pass e.g. LowRank(rank=8); weft.structures.from_text reads text"
+            raise TypeError(checks.fault(f"plan of layer {name}", "a structure", repr(structure), remedy))
         layer = survey.layers.get(name)
         if layer is None:
             reason = survey.left_dense.get(name)

@@ -84,9 +84,9 @@ def family(name: str) -> type[Structure]:
     """
     known = families()
     if name not in known:
-        raise ValueError(
-            checks.fault("family", f"one of {', '.join(known)}", repr(name), "check the spelling")
-        )
+        near = {other.lower(): other for other in known}.get(name.lower().replace("_", ""))
+        remedy = "check the spelling" if near is None else f"write {near}"
+        raise ValueError(checks.fault("family", f"one of {', '.join(known)}", repr(name), remedy))
     return known[name]
 
 
@@ -101,9 +101,13 @@ def select(wanted: str | Iterable[str | type[Structure]]) -> list[type[Structure
 
     Raises:
         ValueError: a name is unknown or nothing is named.
+        TypeError: something is neither a name nor a family.
     """
     if wanted == "all":
         return list(families().values())
+    remedy = 'pass "all", names, or classes such as LowRank'
+    if not isinstance(wanted, Iterable):
+        raise TypeError(checks.fault("families", "names or classes", repr(wanted), remedy))
     items = (
         [part.strip() for part in wanted.split(",") if part.strip()]
         if isinstance(wanted, str)
@@ -111,6 +115,9 @@ def select(wanted: str | Iterable[str | type[Structure]]) -> list[type[Structure
     )
     if not items:
         raise ValueError(checks.fault("families", "named", "none", 'use "all" or name one, e.g. LowRank'))
+    for item in items:
+        if not isinstance(item, str) and not (isinstance(item, type) and issubclass(item, Structure)):
+            raise TypeError(checks.fault("families", "names or classes", repr(item), remedy))
     return list(dict.fromkeys(family(item) if isinstance(item, str) else item for item in items))
 
 
