@@ -68,6 +68,10 @@ def test_members_come_nearest_to_the_share() -> None:
     assert low_rank.structure == min(
         LowRank.candidates((60, 80)), key=lambda candidate: abs(candidate.parameter_count((60, 80)) - 1200)
     )
+    quantized = next(member for member in members if type(member.structure).__name__ == "Quantized")
+    assert (
+        0.9 < quantized.cost().bytes / (0.25 * 60 * 80 * 4) < 1.1
+    )  # by bytes: its parameters are always all
 
 
 def test_structures_are_read_as_they_are_written() -> None:

@@ -209,6 +209,26 @@ def test_what_is_not_a_terminal_gets_tables_at_their_own_width(
             assert all(family in told for family in plan.others[name])
 
 
+def test_a_plan_edited_by_hand_is_shown_as_it_came_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert weft(monkeypatch, "survey models.py:network -o survey.json") == 0
+    assert weft(monkeypatch, "plan survey.json --budget bytes=0.5 --workers 1 -o plan.json") == 0
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["layers"]["4"] = {"structure": {"family": "LowRank", "rank": 3}}
+    plan["layers"]["6"] = {"structure": {"family": "Dense"}}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    capsys.readouterr()
+    assert weft(monkeypatch, "compress plan.json -o small.safetensors") == 0
+    shown = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["6"]] == ["Dense()", "10x64", "100.0%", "100.0%", "-", "0.0000"]
+    small = load(folder / "small.safetensors")
+    count = sum(value.numel() for value in small.parameters())
+    assert f"the network: parameters {count:,} (" in shown  # not what the plan had before
+
+
 def test_a_survey_times_the_layers(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,6 +338,9 @@ def test_export_is_checked_in_onnxruntime(
         ("export small.safetensors --data models.py:labelled_wrong -o small.onnx", "what the model takes"),
         ("export small.safetensors --data models.py:labelled_wrong -o small.pt2", "what the model takes"),
         ("bench small.safetensors --data models.py:labelled_wrong", "what the model takes"),
+        ("compress models.py:network --budget bytes=0.5 --epochs 2", "--data must be given with --epochs"),
+        ("compress models.py:network --budget keep=1.5 --data digits", "budget keep must be a share"),
+        ("compress models.py:network --budget bytes=0.5 --families lowrank", "write LowRank"),
         ("survey models.py:network -o nowhere/survey.json", "in an existing folder"),
         ("plan survey.json --budget bytes=0.5 -o nowhere/plan.json", "in an existing folder"),
         ("plan survey.json --budget bytes=0.5 -o .", "--output must be a file"),

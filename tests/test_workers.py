@@ -54,7 +54,7 @@ def test_what_a_lost_worker_had_is_done_again(tmp_path: Path) -> None:
 
 
 def test_work_that_loses_every_worker_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="workers ended 3 times while at task 0"):
+    with pytest.raises(ChildProcessError, match="workers ended 3 times while at task 0"):
         list(workers.run(_dies, [0, 1], workers=2))
 
 
@@ -237,7 +237,7 @@ class TestRay:
         self, cluster: Any, tmp_path: Path
     ) -> None:
         assert dict(workers.run(_dies_once, [str(tmp_path)] * 3, ray=cluster.address)) == {0: 7, 1: 7, 2: 7}
-        with pytest.raises(RuntimeError, match="workers ended 3 times while at task 0"):
+        with pytest.raises(ChildProcessError, match="workers ended 3 times while at task 0"):
             list(workers.run(_dies, [0], ray=cluster.address))
 
     def test_what_a_lost_node_had_is_done_again(self, cluster: Any, tmp_path: Path) -> None:

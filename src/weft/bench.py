@@ -10,6 +10,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -202,21 +203,24 @@ def compare_networks(
 def members_of_size(
     families: Iterable[type[Structure]], shape: Shape, share: float
 ) -> tuple[list[StructuredMatrix], list[str]]:
-    """A random member of every family, of the candidate whose parameters come nearest to a share.
+    """A random member of every family, of the candidate whose bytes come nearest to a share.
 
     Args:
         families: the families.
         shape: (outputs, inputs).
-        share: of the dense weight's parameters, up to 1.
+        share: of the dense weight's bytes, up to 1.
 
     Returns:
         The members, and the names of the families whose sizes are known only after a fit.
     """
-    wanted = checks.share("share", share) * shape[0] * shape[1]
+    element = torch.get_default_dtype().itemsize
+    wanted = checks.share("share", share) * shape[0] * shape[1] * element
     members, left_out = [], []
     for family in families:
-        sizes = [(candidate, candidate.parameter_count(shape)) for candidate in family.candidates(shape)]
-        known = [(abs(size - wanted), candidate) for candidate, size in sizes if size is not None]
+        known = []
+        for candidate in family.candidates(shape):
+            with suppress(ValueError):  # of a size that depends on the weight
+                known.append((abs(candidate.predicted_cost(shape, element).bytes - wanted), candidate))
         if not known:
             left_out.append(family.__name__)
             continue

@@ -51,7 +51,8 @@ from weft.sources.augmentation import Augmented
 from weft.sources.splits import IndexedSplit
 from weft.storage import coder_of, read_json, read_metadata, save, structured_layers, write_text
 from weft.structures import families, from_text, select
-from weft.structures.base import Candidate, Structure, StructuredMatrix, relative_error
+from weft.structures.base import Candidate, Cost, Structure, StructuredMatrix, relative_error
+from weft.structures.dense import Dense as DenseStructure
 from weft.survey import Survey, survey, survey_shards
 
 app = typer.Typer(
@@ -372,6 +373,11 @@ def compress_command(
         expected = "given with MODEL and --scheme lc, without --budget"
         raise ValueError(checks.fault("--price", expected, price, remedy))
     worth = None if price is None else Price.parse(price)
+    if budget is not None:
+        Budget.parse(budget)
+    select(chosen)
+    if epochs and scheme == "direct" and data is None and shards is None:
+        raise ValueError(checks.fault("--data", "given with --epochs", "none", "add --data"))
     coder_of(entropy_coding)
     searched = None
     processes = _Workers(workers, ray, worker_memory)
@@ -465,9 +471,14 @@ def compress_command(
         small, log = searched.model, None
     _print_plan(plan, found, log)
     if epochs and scheme == "direct":
-        small = _tune(small, network, _needed(loaded), epochs, learning_rate, batch_size)
-    asked += "" if scheme == "direct" else f"; {scheme} in {steps} steps of {_epochs(epochs or 1)}"
-    asked += f"; {_epochs(epochs)} of fine-tuning" if scheme == "direct" and epochs else ""
+        assert loaded is not None  # noqa: S101  (checked before the work)
+        small = _tune(small, network, loaded, epochs, learning_rate, batch_size)
+    asked += (
+        ""
+        if scheme == "direct"
+        else f"; {scheme} in {_counted(steps, 'step')} of {_counted(epochs or 1, 'epoch')}"
+    )
+    asked += f"; {_counted(epochs, 'epoch')} of fine-tuning" if scheme == "direct" and epochs else ""
     origin = {"source": source, "weights": weights_file, "asked": asked, "commands": commands}
     save(small, output, entropy_coding=entropy_coding, **origin)
     console.print(f"wrote {output} ({output.stat().st_size:,} bytes)")
@@ -585,7 +596,7 @@ def finetune_command(
         console.print(f"accuracy on the {validation:.0%} held out: {best:.4f}", highlight=False)
     asked, commands = _history(file)
     origin = {"source": source, "weights": weights_file, "commands": [*commands, _command()]}
-    asked = f"{asked or file.name}; {_epochs(epochs)} of fine-tuning"
+    asked = f"{asked or file.name}; {_counted(epochs, 'epoch')} of fine-tuning"
     save(tuned.eval(), output, entropy_coding=entropy_coding, asked=asked, **origin)
     console.print(f"wrote {output} ({output.stat().st_size:,} bytes)")
 
@@ -642,7 +653,7 @@ def bench_command(
         str | None,
         typer.Option("--families", help="Or families, names separated by commas, or all, at one --share."),
     ] = None,
-    share: Annotated[float, typer.Option("--share", help="Of the parameters, for --families.")] = 0.2,
+    share: Annotated[float, typer.Option("--share", help="Of the bytes, for --families.")] = 0.2,
     dense: Dense = None,
     weights: Weights = None,
     batches: BatchSizes = "1,16,128",
@@ -850,8 +861,8 @@ def _asked(limits: Budget, families: str) -> str:
     return f"{limits.in_words()}, from {'all families' if families == 'all' else families.replace(',', ', ')}"
 
 
-def _epochs(count: int) -> str:
-    return "1 epoch" if count == 1 else f"{count} epochs"
+def _counted(count: int, what: str) -> str:
+    return f"1 {what}" if count == 1 else f"{count} {what}s"
 
 
 def _given(argument: str, value: object, shards: Path | None) -> str:
@@ -1098,12 +1109,6 @@ def _rates(text: str) -> tuple[float, ...]:
         raise ValueError(checks.fault("--learning-rate", expected, repr(text), "e.g. 1e-3")) from None
 
 
-def _needed(data: Data | None) -> Data:
-    if data is None:
-        raise ValueError(checks.fault("--data", "given with --epochs", "none", "add --data"))
-    return data
-
-
 def _check_output(path: Path, *, folder: bool = False) -> None:
     """Finds out before the work whether its result can be written."""
     parent, remedy = path.absolute().parent, "create the folder first"
@@ -1135,7 +1140,9 @@ def _text(path: Path | None) -> str:
 
 def _print_survey(found: Survey, advice: dict[str, Advice] | None, dense_seconds: float | None) -> None:
     table = Table(
-        title=f"{len(found.layers)} weights can be replaced", title_justify="left", padding=(0, 0, 0, 1)
+        title=f"{_counted(len(found.layers), 'weight')} can be replaced",
+        title_justify="left",
+        padding=(0, 0, 0, 1),
     )
     table.add_column("layer", overflow="fold")
     timed = ("ms", "of time", "at a quarter") if advice and dense_seconds else ()
@@ -1180,11 +1187,16 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
         table.add_column(name.replace("_", "-"), justify="right")
     table.add_column("error", justify="right")
     measured = {entry["layer"]: entry for entry in log or []}
+    total = found.total if log is not None else plan.total  # one edited by hand has no longer the plan's
     for name, structure in plan.items():
         layer, point = found.layers[name], plan.expected.get(name)
+        if isinstance(structure, DenseStructure):
+            point = Candidate(structure, layer.cost, 0.0)
         cost: Mapping[str, int] = measured.get(name, {} if point is None else asdict(point.cost))
         error = measured[name]["error"] if name in measured else None if point is None else point.error
         dense = asdict(layer.cost)
+        if log is not None and total is not None:
+            total = total + Cost(*(cost.get(one, dense[one]) for one in names)) - layer.cost
         table.add_row(
             name,
             str(structure),
@@ -1194,11 +1206,11 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
         )
     console.print(table)
     _print_rivals(plan)
-    if plan.total is not None:
+    if total is not None:
         parts = [
             f"{name.replace('_', '-')} {now:,} ({now / dense:.1%} of dense)"
             for name in names
-            if (dense := getattr(found.total, name)) and (now := getattr(plan.total, name)) is not None
+            if (dense := getattr(found.total, name)) and (now := getattr(total, name)) is not None
         ]
         if plan.peak_memory is not None:
             parts.append(f"at most {plan.peak_memory:,} bytes in memory")

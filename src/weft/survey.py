@@ -174,7 +174,7 @@ class Survey:
             for layer in self.layers.values()
         ]
         return "\n".join([
-            f"{len(rows)} weights can be replaced, of a network with {counts}{adds}",
+            f"a network with {counts}{adds}, of which can be replaced",
             *in_columns(rows),
             *(f"{name} left dense, because {reason}" for name, reason in self.left_dense.items()),
         ])

@@ -45,7 +45,7 @@ def run(
     """Applies a function to tasks, in whatever order they are done.
 
     A task is packed when it is sent. What a lost worker had is done again; a task that loses worker after
-    worker is a RuntimeError, one that needs more memory than its worker may take a MemoryError.
+    worker is a ChildProcessError, one that needs more memory than its worker may take a MemoryError.
 
     Args:
         function: a function of a module, which other processes can import.
@@ -181,10 +181,10 @@ def _in_processes(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _lost(number: int) -> RuntimeError:
-    return RuntimeError(
-        f"workers ended {_TRIES} times while at task {number} (out of memory?); "
-        "use fewer workers, or fewer families"
+def _lost(number: int) -> ChildProcessError:
+    return ChildProcessError(
+        f"workers ended {_TRIES} times while at task {number}: out of memory, or started by a script without "
+        "`if __name__ == '__main__':`; use fewer workers or fewer families, or add that line"
     )
 
 
