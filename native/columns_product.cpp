@@ -18,7 +18,7 @@ struct Strip {
 
 template <bool Narrow, typename Number>
 inline Vector load(const Number *from, std::int64_t lanes) {
-    if constexpr (Narrow) return load_first(from, lanes);
+    if constexpr (Narrow) return Vector::load_first(from, lanes);
     else return Vector::load(from);
 }
 

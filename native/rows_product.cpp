@@ -35,7 +35,7 @@ inline void tile(const weft::RowsProductOf<Weight> &p, std::int64_t row, std::in
         Vector values[Batch];
         for (int b = 0; b < Batch; ++b) values[b] = Vector::load_first(x + b * p.x_stride + k, rest);
         for (int r = 0; r < Rows; ++r) {
-            const Vector weights = load_first(rows + r * p.columns + k, rest);
+            const Vector weights = Vector::load_first(rows + r * p.columns + k, rest);
             for (int b = 0; b < Batch; ++b) sums[b][r] = sums[b][r].add_product(weights, values[b]);
         }
     }

@@ -34,6 +34,15 @@ struct Vector {
     static Vector load_first(const float *from, std::int64_t count) {
         return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), from)};
     }
+    // Pairs of halves under a mask, as halves by themselves would need more than the base of AVX-512; then the odd one.
+    static Vector load_first(const weft::Bfloat16 *from, std::int64_t count) {
+        const __m256i pairs = _mm256_maskz_loadu_epi32(static_cast<__mmask8>((1u << count / 2) - 1u), from);
+        __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(pairs), 16);
+        if (count % 2 != 0)
+            bits = _mm512_mask_set1_epi32(bits, static_cast<__mmask16>(1u << (count - 1)),
+                                          static_cast<int>(std::uint32_t{from[count - 1].bits} << 16));
+        return {_mm512_castsi512_ps(bits)};
+    }
     static Vector fill(float value) { return {_mm512_set1_ps(value)}; }
     void store(float *to) const { _mm512_storeu_ps(to, lanes); }
     void store_first(float *to, std::int64_t count) const {
@@ -65,6 +74,19 @@ struct Vector {
     }
     static Vector load_first(const float *from, std::int64_t count) {
         return {_mm256_maskload_ps(from, first(count))};
+    }
+    // Pairs of halves under a mask, then the odd one.
+    static Vector load_first(const weft::Bfloat16 *from, std::int64_t count) {
+        const __m128i lane = _mm_setr_epi32(0, 1, 2, 3);
+        const __m128i mask = _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(count / 2)), lane);
+        const __m128i pairs = _mm_maskload_epi32(reinterpret_cast<const int *>(from), mask);
+        __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(pairs), 16);
+        if (count % 2 != 0) {
+            const __m256i odd = _mm256_andnot_si256(first(count - 1), first(count));
+            const int last = static_cast<int>(std::uint32_t{from[count - 1].bits} << 16);
+            bits = _mm256_or_si256(bits, _mm256_and_si256(odd, _mm256_set1_epi32(last)));
+        }
+        return {_mm256_castsi256_ps(bits)};
     }
     static Vector fill(float value) { return {_mm256_set1_ps(value)}; }
     void store(float *to) const { _mm256_storeu_ps(to, lanes); }
@@ -103,6 +125,11 @@ struct Vector {
         for (std::int64_t i = 0; i < count; ++i) first[i] = from[i];
         return load(first);
     }
+    static Vector load_first(const weft::Bfloat16 *from, std::int64_t count) {
+        weft::Bfloat16 first[width] = {};
+        for (std::int64_t i = 0; i < count; ++i) first[i] = from[i];
+        return load(first);
+    }
     static Vector fill(float value) { return {vdupq_n_f32(value)}; }
     void store(float *to) const { vst1q_f32(to, lanes); }
     void store_first(float *to, std::int64_t count) const {
@@ -134,6 +161,11 @@ struct Vector {
         for (std::int64_t i = 0; i < count; ++i) result.lanes[i] = from[i];
         return result;
     }
+    static Vector load_first(const weft::Bfloat16 *from, std::int64_t count) {
+        Vector result = {};
+        for (std::int64_t i = 0; i < count; ++i) result.lanes[i] = weft::widened(from[i]);
+        return result;
+    }
     static Vector fill(float value) {
         Vector result = {};
         for (std::int64_t i = 0; i < width; ++i) result.lanes[i] = value;
@@ -156,14 +188,6 @@ struct Vector {
 };
 
 #endif
-
-// The first `count` numbers, zero in the other lanes.
-inline Vector load_first(const float *from, std::int64_t count) { return Vector::load_first(from, count); }
-inline Vector load_first(const weft::Bfloat16 *from, std::int64_t count) {
-    weft::Bfloat16 first[Vector::width] = {};
-    for (std::int64_t i = 0; i < count; ++i) first[i] = from[i];
-    return Vector::load(first);
-}
 
 // Asks for the line of the cache that an address lies in, which need not be one that may be read.
 inline void fetch_ahead(const void *at) {

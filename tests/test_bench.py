@@ -27,8 +27,9 @@ KEYS = {
 }
 
 
-def test_layers_are_timed_at_every_combination_and_beside_the_dense_product() -> None:
-    member = LowRank(3).initialise((20, 30))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_are_timed_at_every_combination_and_beside_the_dense_product(dtype: torch.dtype) -> None:
+    member = LowRank(3).initialise((20, 30)).to(dtype)
     rows = bench.compare_layers(
         [member], batches=[1, 4], thread_counts=[1, 2], caches=bench.CACHES, seconds=0.01
     )

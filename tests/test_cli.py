@@ -341,6 +341,8 @@ def test_export_is_checked_in_onnxruntime(
         ("compress models.py:network --budget bytes=0.5 --epochs 2", "--data must be given with --epochs"),
         ("compress models.py:network --budget keep=1.5 --data digits", "budget keep must be a share"),
         ("compress models.py:network --budget bytes=0.5 --families lowrank", "write LowRank"),
+        ("bench small.safetensors --data digits --dtype bfloat16", "--dtype must be given for --layer only"),
+        ("bench --layer 8x8 --families LowRank --dtype half", "--dtype must be one of 'float32', 'bfloat16'"),
         ("survey models.py:network -o nowhere/survey.json", "in an existing folder"),
         ("plan survey.json --budget bytes=0.5 -o nowhere/plan.json", "in an existing folder"),
         ("plan survey.json --budget bytes=0.5 -o .", "--output must be a file"),

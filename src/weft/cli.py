@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -635,7 +636,7 @@ def evaluate_command(
     "bench",
     epilog="Example: weft bench small.safetensors --data digits --threads 1,2 -o bench.json, or "
     "weft bench --layer 1000x1280 --structure 'LowRank(rank=30)' --cache both, or "
-    "weft bench --layer 1000x1280 --families all --share 0.1",
+    "weft bench --layer 1000x1280 --families all --share 0.1 --dtype bfloat16",
 )
 def bench_command(
     file: Annotated[
@@ -654,6 +655,9 @@ def bench_command(
         typer.Option("--families", help="Or families, names separated by commas, or all, at one --share."),
     ] = None,
     share: Annotated[float, typer.Option("--share", help="Of the bytes, for --families.")] = 0.2,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the layer and its vectors: float32 or bfloat16.")
+    ] = "float32",
     dense: Dense = None,
     weights: Weights = None,
     batches: BatchSizes = "1,16,128",
@@ -668,6 +672,7 @@ def bench_command(
 ) -> None:
     """Times a network, a layer or families against the dense one, in turns."""
     checks.one_of("--cache", cache, (*CACHES, "both"))
+    checks.one_of("--dtype", dtype, _BENCH_DTYPES)
     settings: dict[str, Any] = {
         "batches": _numbers("--batches", batches),
         "thread_counts": _numbers("--threads", thread_counts),
@@ -681,12 +686,16 @@ def bench_command(
         remedy = "e.g. weft bench small.safetensors --data digits, or weft bench --layer 1000x1280 ..."
         raise ValueError(checks.fault("FILE or --layer", "one of the two", got, remedy))
     if file is not None:
+        if dtype != "float32":
+            remedy = "leave it out: a network runs in the dtype that it was saved in"
+            raise ValueError(checks.fault("--dtype", "given for --layer only", dtype, remedy))
         if data is None:
             raise ValueError(checks.fault("--data", "given for FILE", "nothing", "e.g. --data digits"))
         small, network, _, _ = _read_pair(file, dense, weights)
         rows = compare_networks(network, small, load_data(data).sample_input, name=file.name, **settings)
     else:
-        rows = compare_layers(_bench_members(str(layer), structure or [], family_names, share), **settings)
+        members = _bench_members(str(layer), structure or [], family_names, share)
+        rows = compare_layers([member.to(_BENCH_DTYPES[dtype]) for member in members], **settings)
     title = f"median microseconds, kernels: {route()}"
     table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
     table.add_column("what", overflow="fold", min_width=18)
@@ -702,6 +711,9 @@ def bench_command(
     if output is not None:
         write_text(output, json.dumps(record(rows), indent=1))
         console.print(f"wrote {output}")
+
+
+_BENCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _bench_members(
