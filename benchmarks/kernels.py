@@ -4,11 +4,12 @@
     python tools/speed_table.py benchmarks/results/kernels.json     # writes the README's table
 
 A line is a structure, a shape and a target: the largest ratio of the structured layer's time, module call and
-bias included, to that of `F.linear` in the same run, in float32. Families come from the registry by name, and
-a line whose family or setting is not there is reported as missing. The targets hold on one thread with warm
-caches (the same call ran four times before, as in a loop over one layer); the rows for two threads and for
-cold caches (much else ran before, as in a large network) are there to be seen. `--only TEXT` measures the
-lines that contain the text and keeps the others as an earlier run left them.
+bias included, to that of `F.linear` in the same run, in float32; or both in bfloat16, by the same targets,
+where the line says so. Families come from the registry by name, and a line whose family or setting is not
+there is reported as missing. The targets hold on one thread with warm caches (the same call ran four times
+before, as in a loop over one layer); the rows for two threads and for cold caches (much else ran before, as
+in a large network) are there to be seen. `--only TEXT` measures the lines that contain the text and keeps the
+others as an earlier run left them.
 """
 
 import argparse
@@ -116,6 +117,11 @@ LINES = [
     ),
     Line("LowRank(rank=100)", (1000, 1280), 1, by_bytes, halves=True),
     Line("Hierarchical(rank=30, leaf_size=64)", (1000, 1280), 1, at_most(0.34), halves=True),
+    Line("SequentiallySemiseparable", (1000, 1280), 1, at_most(0.25), share=0.2, halves=True),
+    Line("SparseProduct(factors=2, sparsity=14)", (1000, 1280), 1, at_most(0.25), fitted=True, halves=True),
+    Line("Pruned(density=0.05)", (1000, 1280), 1, at_most(0.28), halves=True),
+    Line("Quantized(bits=8, activations=int8)", (1000, 1280), 1, at_most(0.35), halves=True),
+    Line("Quantized(bits=4)", (1000, 1280), 1, at_most(0.35), halves=True),
     # Their codes are of interest for storage: no target but the dense time.
     *(
         Line(f"ProductQuantized(subspaces={shape[1] // 8}, codewords=256)", shape, 1, at_most(1.0))
