@@ -58,11 +58,11 @@ browser: ## install Chromium, which the tests of the pages drive (Debian and Ubu
 	fi
 
 .PHONY: experiments-quick
-experiments-quick: $(READY) ## a reduced form of every table of the papers, at most 2 hours on two cores
+experiments-quick: $(READY) ## a reduced form of every table of the papers: twelve minutes of one core
 	$(BIN)/python experiments/run_all.py --quick
 
 .PHONY: experiments
-experiments: $(READY) ## every experiment in full, at most 8 hours on two cores; goes on where it was interrupted
+experiments: $(READY) ## every experiment in full: hours; goes on where it was interrupted
 	$(BIN)/python experiments/run_all.py
 
 .PHONY: sanitize

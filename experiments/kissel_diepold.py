@@ -1,6 +1,6 @@
 """Kissel and Diepold 2022: semiseparable and other structured layers, approximated, trained, or from scratch.
 
-    python experiments/kissel_diepold.py           # about an hour and a half of one core
+    python experiments/kissel_diepold.py           # about an hour of one core
     python experiments/kissel_diepold.py --quick   # a seed, a set of classes for both figures, less training
     python experiments/kissel_diepold.py --model torchvision:googlenet --layer fc --data imagefolder:DIR
 

@@ -53,11 +53,13 @@ def times() -> Iterator[Sheet]:
         kinds = "seconds", "processor_seconds"
         rows = [(row["name"], *(_minutes(row[kind]) for kind in kinds)) for row in record["times"]]
         total = [_minutes(sum(row[kind] for row in record["times"])) for kind in kinds]
+        machine = record["environment"]
         yield Sheet(
             f"The reduced form of all, `{record['command']}` from nothing, in minutes",
             ("experiment", "on the clock", "of processors"),
             [*rows, ("together", *total)],
-            f"To take at most {HOURS['quick']} hours of two cores.",
+            f"To take at most {HOURS['quick']} hours of two cores. The load of the machine's "
+            f"{machine['cores']} cores was {machine['load_average']:.0f} at the end.",
         )
     rows, seconds, rest = [], 0.0, 0.0
     for experiment in EXPERIMENTS:
