@@ -25,7 +25,7 @@ from weft.storage import write_text
 PAPERS: dict[str, tuple[str, Callable[[Records], Iterable[Sheet]]]] = {
     "huelder": ("Hülder: hierarchical matrices on classifier layers", huelder.sheets),
     "kissel_diepold": ("Kissel and Diepold 2022: semiseparable classifiers", kissel_diepold.sheets),
-    "giffon": ("Giffon et al. 2021: PSM-nets, products of sparse matrices", giffon.sheets),
+    "giffon": ("Giffon et al. 2021: PSM-nets, products of sparse matrices", giffon.page),
     "denton": ("Denton et al. 2014: exploiting linear structure", denton.sheets),
     "learning_compression": (
         "Idelbayev and Carreira-Perpiñán 2020, 2021: learning-compression",
