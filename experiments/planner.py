@@ -156,7 +156,7 @@ def compare(part: str, make: Callable[[], Setting], records: Records) -> None:
         for names in map(tuple, families):
             if names not in curves:
                 started = time.perf_counter()
-                curves[names] = error_curves(setting.survey, select(names), cache=CACHE)
+                curves[names] = error_curves(setting.survey, select(names), costs=["bytes"], cache=CACHE)
                 print(f"curves of {', '.join(names)}: {time.perf_counter() - started:.0f} s", flush=True)
         layers = setting.survey.layers
         return {name: [point for own in families for point in curves[tuple(own)][name]] for name in layers}

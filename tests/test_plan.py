@@ -242,6 +242,38 @@ def test_wrappers_fit_nothing_twice_and_nothing_that_is_dominated(monkeypatch: p
     assert any(isinstance(point.structure, DividedRows) for point in curve)
 
 
+def test_families_are_combined_for_the_costs_that_the_budget_limits() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            left, values, right = torch.linalg.svd(layer.weight, full_matrices=False)
+            layer.weight.copy_(left * (values * 0.9 ** torch.arange(len(values))) @ right)
+    survey = weft.survey(model, [torch.randn(200, 64)])
+    families = [LowRank, Quantized]
+
+    def combined(curves: dict[str, list[Candidate]]) -> int:
+        made = [point.structure for curve in curves.values() for point in curve]
+        return sum(structure.approximated is not None for structure in made)
+
+    by_bytes = error_curves(survey, families, costs=["bytes"])
+    assert combined(by_bytes) == 0  # fewer bits lose less than any rank of as many bytes
+    both = weft.Budget(bytes=0.12, multiply_adds=0.6)
+    assert combined(error_curves(survey, families, costs=both.costs())) > 0
+    alone, plan = (weft.allocate(survey, families, both, curves=curves) for curves in (by_bytes, None))
+    losses = [sum(point.error**2 for point in one.expected.values()) for one in (alone, plan)]
+    assert losses[1] < 0.5 * losses[0]
+    with pytest.raises(ValueError, match="costs must be one of 'parameters', 'bytes', 'multiply_adds', got"):
+        error_curves(survey, families, costs=["seconds"])
+
+
+def test_a_budget_says_which_costs_it_limits() -> None:
+    assert weft.Budget(bytes=0.5).costs() == ("bytes",)
+    assert weft.Budget(parameters=0.5, multiply_adds=100).costs() == ("parameters", "multiply_adds")
+    for other in ({"latency": 0.5}, {"latency_seconds": 0.1}, {"peak_memory": 0.5}, {"keep": 0.9}):
+        assert weft.Budget(bytes=0.5, **other).costs() == ("parameters", "bytes", "multiply_adds")
+
+
 def test_wrappers_are_offered_the_useful_sizes_of_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight = (

@@ -969,6 +969,7 @@ class _Planner:
             self.found,
             select(options.families),
             constraints=options.constraints,
+            costs=limits.costs(),
             cache=self.cache,
             **options.workers.pool(default_workers()),
         )

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weft import checks
-from weft.plan.budget import Budget
+from weft.plan.budget import COSTS, Budget
 from weft.plan.constraints import Constraints
 from weft.plan.error_curves import error_curves, undominated
 from weft.plan.latency import LatencyTable
 from weft.plan.memory import MemoryTable
-from weft.plan.pareto import COSTS, pareto
+from weft.plan.pareto import pareto
 from weft.plan.plan import Plan
 from weft.plan.sensitivity import Sensitivity, predicted_sensitivity
 from weft.structures import select
@@ -115,6 +115,7 @@ def allocate(
             survey,
             chosen_families,
             constraints=constraints,
+            costs=budget.costs(),
             cache=cache,
             workers=workers,
             ray=ray,

@@ -7,6 +7,8 @@ from typing import Any
 from weft import checks
 from weft.structures.base import Cost
 
+COSTS = ("parameters", "bytes", "multiply_adds")
+
 
 @dataclass(frozen=True, repr=False)
 class Budget:
@@ -72,6 +74,15 @@ class Budget:
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
+
+    def costs(self) -> tuple[str, ...]:
+        """The costs on which a choice under this budget depends.
+
+        Returns:
+            Names of `Cost` fields: those that are limited, or all where time, memory or the metric is.
+        """
+        given = self.given()
+        return tuple(name for name in COSTS if name in given) if given.keys() <= set(COSTS) else COSTS
 
     def in_words(self) -> str:
         """What the budget asks for.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from weft import checks
+from weft.plan.budget import COSTS
 from weft.plan.constraints import Constraints
 from weft.plan.curve_cache import CurveCache, layer_digest
 from weft.plan.workers import run
@@ -32,6 +33,7 @@ def error_curves(
     families: Sequence[type[Structure]],
     *,
     constraints: Constraints | None = None,
+    costs: Sequence[str] = COSTS,
     cache: str | os.PathLike[str] | None = None,
     workers: int = 1,
     ray: str | None = None,
@@ -44,6 +46,8 @@ def error_curves(
         survey: the network's survey.
         families: what to choose from.
         constraints: what stays dense, and families by layer.
+        costs: the costs that count, such as those that a budget limits: families that build on others are
+            offered what nothing beats in these, and nothing is fitted on account of the others.
         cache: a folder that keeps curves between runs; None for none.
         workers: processes that compute curves, one thread each; 1 computes in this process. A script that
             asks for more needs the usual `if __name__ == "__main__":`.
@@ -56,6 +60,8 @@ def error_curves(
         multiply-adds are per sample of the network.
     """
     checks.integer_between("workers", workers, 1, None)
+    for cost in costs:
+        checks.one_of("costs", cost, COSTS)
     constraints = Constraints() if constraints is None else constraints
     constraints.check(layer.names for layer in survey.layers.values())
     kept = None if cache is None else CurveCache(cache)
@@ -108,13 +114,13 @@ def error_curves(
     second = []
     for name, own in allowed.items():
         layer = survey.layers[name]
-        inner = _thinned([point for point in found[name] if not isinstance(point.structure, Dense)])
+        inner = _thinned([point for point in found[name] if not isinstance(point.structure, Dense)], costs)
         for family in own:
             alone = set(family.candidates(layer.shape))
             built = (
                 [one for one in family.candidates(layer.shape, inner) if one not in alone] if inner else []
             )
-            promising = _promising(built, found[name], layer)
+            promising = _promising(built, found[name], layer, costs)
             if promising:
                 second.append(_Piece(layer, family, promising))
     gather(second, "combining")
@@ -159,11 +165,11 @@ def _takes(family: type[Structure], layer: LayerSurvey) -> bool:
 
 
 def _promising(
-    structures: Iterable[Structure], known: Sequence[Candidate], layer: LayerSurvey
+    structures: Iterable[Structure], known: Sequence[Candidate], layer: LayerSurvey, costs: Sequence[str]
 ) -> tuple[Structure, ...]:
     """The structures that could still be undominated, the costs known and the error no less than a bound."""
     errors = {point.structure: point.error for point in known}
-    front = undominated(known)
+    front = undominated(known, costs)
     kept = []
     for structure in structures:
         if structure.refusal(layer.shape, layer.geometry) is not None:
@@ -175,20 +181,17 @@ def _promising(
             kept.append(structure)
             continue
         point = Candidate(structure, layer.per_sample(cost), bound)
-        if point in undominated([*front, point]):
+        if point in undominated([*front, point], costs):
             kept.append(structure)
     return tuple(kept)
 
 
-def _thinned(candidates: Sequence[Candidate]) -> tuple[Structure, ...]:
-    """Of every family a few of the candidates that no other one beats in bytes, spread evenly over them."""
-    ordered = sorted(candidates, key=lambda point: (point.cost.bytes, point.error))
+def _thinned(candidates: Sequence[Candidate], costs: Sequence[str]) -> tuple[Structure, ...]:
+    """Of every family a few of the candidates that no other one beats in what counts, evenly by bytes."""
+    useful = [point for point in candidates if point.error < MOST_INNER_ERROR]
     front: dict[type[Structure], list[Structure]] = {}
-    least = MOST_INNER_ERROR
-    for point in ordered:
-        if point.error < least:
-            least = point.error
-            front.setdefault(type(point.structure), []).append(point.structure)
+    for point in sorted(undominated(useful, costs), key=lambda point: (point.cost.bytes, point.error)):
+        front.setdefault(type(point.structure), []).append(point.structure)
     found: list[Structure] = []
     for own in front.values():
         picked = np.linspace(0, len(own) - 1, min(len(own), MOST_INNER)).round().astype(int)
@@ -203,25 +206,27 @@ def _by_family(candidates: Iterable[Candidate]) -> list[Candidate]:
     return sorted((point for own in families.values() for point in undominated(own)), key=_costs)
 
 
-def undominated(candidates: Iterable[Candidate]) -> list[Candidate]:
+def undominated(candidates: Iterable[Candidate], costs: Sequence[str] = COSTS) -> list[Candidate]:
     """Drops every candidate that another one beats or equals in all costs and in error.
 
     Args:
         candidates: in any order.
+        costs: the costs that count.
 
     Returns:
         The others, by parameters, then bytes, then multiply-adds.
     """
-    ordered = sorted(candidates, key=lambda point: (point.error, *_costs(point)))
+    ordered = sorted(candidates, key=lambda point: (point.error, *_costs(point, costs)))
     kept: list[Candidate] = []
     for point in ordered:  # whoever could dominate it has no larger error, so stands before it
-        own = _costs(point)
+        own = _costs(point, costs)
         if not any(
-            all(theirs <= mine for theirs, mine in zip(_costs(other), own, strict=True)) for other in kept
+            all(theirs <= mine for theirs, mine in zip(_costs(other, costs), own, strict=True))
+            for other in kept
         ):
             kept.append(point)
     return sorted(kept, key=_costs)
 
 
-def _costs(point: Candidate) -> tuple[int, int, int]:
-    return point.cost.parameters, point.cost.bytes, point.cost.multiply_adds
+def _costs(point: Candidate, costs: Sequence[str] = COSTS) -> tuple[int, ...]:
+    return tuple(getattr(point.cost, name) for name in costs)

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from weft import checks
+from weft.plan.budget import COSTS
 from weft.plan.sensitivity import Sensitivity, predicted_sensitivity
 from weft.structures.base import Candidate
 from weft.structures.dense import Dense
 from weft.survey import Survey
 
 ALL = "all"
-COSTS = ("parameters", "bytes", "multiply_adds")
 
 # A curve is shown by so many points.
 _MOST_POINTS = 60
