@@ -133,14 +133,33 @@ def test_sizes_are_learned_at_a_price(
     command += " --metric outputs"
     assert weft(monkeypatch, f"{command} --price parameters=1e-4 --checkpoint run -o small.safetensors") == 0
     small = load(folder / "small.safetensors")
-    assert "LowRank" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "LowRank" in shown
+    assert re.search(r"at the end weights and structures were \d+\.\d% apart", shown)
     assert isinstance(small[6], torch.nn.Linear)
     assert not small.training
     entries = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     assert [entry["lc_step"] for entry in entries if "distance" in entry] == [0, 1, 2]
+    assert entries[-1]["mu"] == pytest.approx(1e-3 * 1.3**2)
     assert weft(monkeypatch, f"{command} --price parameters=1e-4 --checkpoint run -o again.safetensors") == 0
     again = load(folder / "again.safetensors").state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in small.state_dict().items())
+
+
+def test_weights_come_near_to_the_structures_of_a_plan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        "compress models.py:network --data digits --samples 200 --scheme lc --steps 3 --budget bytes=0.3"
+    )
+    assert weft(monkeypatch, f"{command} --checkpoint run -o small.safetensors") == 0
+    found = re.search(r"at the end weights and structures were (.*)% apart", capsys.readouterr().out)
+    assert found is not None
+    entries = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if "distance" in entry]
+    assert [entry["mu"] for entry in steps] == pytest.approx([0.01, 0.01 * 1000**0.5, 10.0])
+    assert float(found[1]) == pytest.approx(100 * steps[-1]["distance"], abs=0.06)
+    assert steps[-1]["distance"] < 0.75 * steps[0]["distance"]
 
 
 def test_a_network_shrinks_in_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

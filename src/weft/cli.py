@@ -68,6 +68,8 @@ app = typer.Typer(
 console = Console()
 SCHEMES = ("direct", "lc", "iterative")
 _RIVALS = 4  # how many of a layer's families that were not chosen the plan's table names
+_RISE = 1000.0  # of the penalty of learning-compression, from the first step to the last
+_FAR = 0.3  # relative distance from which on what was learned is mostly lost
 _WIDE = 1000  # columns: what a file or a pipe takes without folding
 
 MODEL_HELP = "Model: path/to/file.py:function, torchvision:NAME, timm:NAME, or hf:NAME_OR_DIR."
@@ -344,18 +346,29 @@ def compress_command(
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of lc or iterative.")] = 20,
     penalty: Annotated[
-        float, typer.Option("--penalty", help="With lc: the first weight of the distance to the structures.")
-    ] = 1e-3,
+        float | None,
+        typer.Option(
+            "--penalty",
+            help="With lc: the first weight of the distance to the structures; default: 0.01, with a price "
+            "0.001.",
+        ),
+    ] = None,
     penalty_factor: Annotated[
-        float, typer.Option("--penalty-factor", help="With lc: by how much it rises per step.")
-    ] = 1.3,
+        float | None,
+        typer.Option(
+            "--penalty-factor",
+            help="With lc: by how much it rises per step; default: to a thousand times over all steps, with "
+            "a price 1.3.",
+        ),
+    ] = None,
     metric: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--metric",
-            help="With lc: compare weights as they are (weights) or by what layers give out (outputs).",
+            help="With lc: compare weights as they are (weights) or by what layers give out (outputs); "
+            "default: outputs, with a price weights.",
         ),
-    ] = "weights",
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", help="With lc or iterative: a folder from which the run goes on."),
@@ -368,6 +381,7 @@ def compress_command(
 ) -> None:
     """Fits every layer of a plan, or walks the whole path from a model to a smaller one."""
     checks.one_of("--scheme", scheme, SCHEMES)
+    metric = metric or ("outputs" if price is None else "weights")
     checks.one_of("--metric", metric, METRICS)
     if price is not None and (scheme != "lc" or budget is not None or str(model).endswith(".json")):
         remedy = "e.g. weft compress MODEL --data digits --scheme lc --price parameters=1e-6"
@@ -459,9 +473,18 @@ def compress_command(
         if scheme == "lc":
             if worth is not None:
                 tasks = {"*": Priced(chosen, worth, _constraints(keep_dense, only))}
-            penalties = rising(penalty, penalty_factor, steps)
+            # Under a price a strong penalty at once would hold every layer where it is: dense.
+            first, factor = (1e-2, _RISE ** (1 / max(1, steps - 1))) if worth is None else (1e-3, 1.3)
+            given = (
+                first if penalty is None else penalty,
+                factor if penalty_factor is None else penalty_factor,
+            )
+            penalties = rising(*given, steps)
             learning = LearningCompression(training, penalties, metric=metric)
             small, log = learning.run(network, tasks, batches, survey=found, **options)
+            apart = [entry["distance"] for entry in log if "distance" in entry][-1]
+            hint = "; more --steps or a larger --penalty-factor bring them nearer" if apart > _FAR else ""
+            console.print(f"at the end weights and structures were {apart:.1%} apart{hint}", highlight=False)
         else:
             iterative = IterativePruning(training, steps=steps)
             small, log = iterative.run(network, plan, batches, calibration=calibration, **options)
