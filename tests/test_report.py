@@ -319,6 +319,29 @@ def test_every_familys_curve_is_drawn_with_the_plans_point_on_it(source: str) ->
     assert (best["x"], best["y"]) == ([0.1, 0.3, 0.6], [2.0, 0.2, 0.02])
     assert (plan["x"], plan["y"]) == ([best["x"][1]], [best["y"][1]])
     assert "30.0 % of the multiply-adds" in source
+    assert "above the curve" not in source
+
+
+def test_a_plan_above_the_curve_says_why(tmp_path: Path) -> None:
+    above = {"cost": "bytes", "dense": 10, "curves": {"all": [[2, 1.0], [5, 0.2]]}, "chosen": [5, 0.6]}
+    page = Page(REPORT.write_html(tmp_path / "page.html", pareto=above).read_text(encoding="utf-8"))
+    (told,) = [text for text in page.texts["figcaption"] if "The plan has" in text]
+    assert "The plan has 50.0 % of the bytes. It lies above the curve because" in told
+
+
+def test_the_sensitivity_is_shown_where_layers_differ_in_it(tmp_path: Path) -> None:
+    layers = {
+        "stem.convolution": {"dense": 216, "sensitivity": 1.0, "loss": 0.15, "curves": {}},
+        "head": {"dense": 640, "sensitivity": 1.0, "loss": 0.05, "curves": {}},
+    }
+    plan = {"cost": "bytes", "dense": 10, "curves": {"all": [[5, 1.0]]}, "chosen": [5, 1.0], "layers": layers}
+    texts = REPORT.write_html(tmp_path / "page.html", pareto=plan).read_text(encoding="utf-8")
+    assert "<em>Sensitivity</em>" not in texts
+    assert "survey with --fisher" in texts
+    layers["head"]["sensitivity"] = 2.0
+    texts = REPORT.write_html(tmp_path / "page.html", pareto=plan).read_text(encoding="utf-8")
+    assert "<em>Sensitivity</em>" in texts
+    assert "survey with --fisher" not in texts
 
 
 def test_curves_without_a_loss_are_left_out(tmp_path: Path) -> None:

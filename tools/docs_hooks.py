@@ -92,9 +92,8 @@ def command_line() -> str:
 def _command(name: str, command: Any, context: Any) -> str:
     usage = " ".join(command.get_usage(context).removeprefix("Usage:").split())
     parts = [f"## weft {name}", inspect.cleandoc(command.help or ""), f"```text\n{usage}\n```"]
-    examples = re.sub(r"^Examples?: ", "", command.epilog or "")
-    if examples:
-        lines = [line.strip() for line in re.split(r"\s{4,}|, or (?=weft)", examples) if line.strip()]
+    lines = [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
+    if lines:
         parts.append("```sh\n" + "\n".join(lines) + "\n```")
     rows = []
     for parameter in command.get_params(context):

@@ -56,10 +56,22 @@ from weft.structures.base import Candidate, Cost, Structure, StructuredMatrix, r
 from weft.structures.dense import Dense as DenseStructure
 from weft.survey import Survey, survey, survey_shards
 
+
+def _examples(*commands: str) -> str:
+    """The end of a help text, every command on a line of its own so that it can be copied."""
+    return "\n".join([
+        "\b",
+        "Example:" if len(commands) == 1 else "Examples:",
+        *(f"  {one}" for one in commands),
+    ])
+
+
 app = typer.Typer(
     help="Trained networks made smaller and faster by re-weaving their weights from structured matrices.",
-    epilog="Example: weft compress model.py:make --weights model.safetensors --data digits "
-    "--budget bytes=0.25 -o small.safetensors",
+    epilog=_examples(
+        "weft compress model.py:make --weights model.safetensors --data digits --budget bytes=0.25 "
+        "-o small.safetensors"
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -170,8 +182,10 @@ ThreadCounts = Annotated[
 
 @app.command(
     "survey",
-    epilog="Examples: weft survey torchvision:resnet18 --data imagefolder:photos --samples 512 -o survey.json"
-    "    weft survey --shards checkpoint -o survey.json",
+    epilog=_examples(
+        "weft survey torchvision:resnet18 --data imagefolder:photos --samples 512 -o survey.json",
+        "weft survey --shards checkpoint -o survey.json",
+    ),
 )
 def survey_command(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = None,
@@ -230,8 +244,10 @@ def survey_command(
 
 @app.command(
     "plan",
-    epilog="Examples: weft plan survey.json --budget parameters=0.25 --families LowRank -o plan.json    "
-    "weft plan --shards checkpoint --budget bytes=0.25 -o plan.json",
+    epilog=_examples(
+        "weft plan survey.json --budget parameters=0.25 --families LowRank -o plan.json",
+        "weft plan --shards checkpoint --budget bytes=0.25 -o plan.json",
+    ),
 )
 def plan_command(
     budget: BudgetText,
@@ -283,11 +299,13 @@ def plan_command(
 
 @app.command(
     "compress",
-    epilog="Examples: weft compress plan.json --data digits -o small.safetensors    "
-    "weft compress model.py:make --data digits --budget bytes=0.25 -o small.safetensors    "
-    "weft compress model.py:make --data digits --scheme lc --price parameters=1e-5 -o small.safetensors    "
-    "weft compress plan.json --data digits --scheme iterative --steps 8 --epochs 2 -o small.safetensors    "
-    "weft compress --shards checkpoint --budget bytes=0.25 -o small",
+    epilog=_examples(
+        "weft compress plan.json --data digits -o small.safetensors",
+        "weft compress model.py:make --data digits --budget bytes=0.25 -o small.safetensors",
+        "weft compress model.py:make --data digits --scheme lc --price parameters=1e-5 -o small.safetensors",
+        "weft compress plan.json --data digits --scheme iterative --steps 8 --epochs 2 -o small.safetensors",
+        "weft compress --shards checkpoint --budget bytes=0.25 -o small",
+    ),
 )
 def compress_command(
     model: Annotated[
@@ -357,6 +375,7 @@ def compress_command(
         float | None,
         typer.Option(
             "--penalty-factor",
+            min=1,
             help="With lc: by how much it rises per step; default: to a thousand times over all steps, with "
             "a price 1.3.",
         ),
@@ -510,10 +529,13 @@ def compress_command(
 
 @app.command(
     "finetune",
-    epilog="Examples: weft finetune small.safetensors --data digits --epochs 3 -o tuned.safetensors    "
-    "weft finetune small.safetensors --data digits --epochs 50 --validation 0.1 --patience 5 "
-    "--learning-rate 1e-3,1e-4,1e-5 --augment shift=1 --checkpoint run (killed? the same command goes on)    "
-    "torchrun --nproc-per-node 2 $(which weft) finetune small.safetensors --data digits",
+    epilog=_examples(
+        "weft finetune small.safetensors --data digits --epochs 3 -o tuned.safetensors",
+        "weft finetune small.safetensors --data digits --epochs 50 --validation 0.1 --patience 5 "
+        "--learning-rate 1e-3,1e-4,1e-5 --augment shift=1 --checkpoint run  # killed? the same "
+        "command goes on",
+        "torchrun --nproc-per-node 2 $(which weft) finetune small.safetensors --data digits",
+    ),
 )
 def finetune_command(
     file: Smallfile,
@@ -625,7 +647,7 @@ def finetune_command(
     console.print(f"wrote {output} ({output.stat().st_size:,} bytes)")
 
 
-@app.command("evaluate", epilog="Example: weft evaluate small.safetensors --data digits -o run.json")
+@app.command("evaluate", epilog=_examples("weft evaluate small.safetensors --data digits -o run.json"))
 def evaluate_command(
     file: Smallfile,
     data: NeededData,
@@ -657,9 +679,11 @@ def evaluate_command(
 
 @app.command(
     "bench",
-    epilog="Example: weft bench small.safetensors --data digits --threads 1,2 -o bench.json, or "
-    "weft bench --layer 1000x1280 --structure 'LowRank(rank=30)' --cache both, or "
-    "weft bench --layer 1000x1280 --families all --share 0.1 --dtype bfloat16",
+    epilog=_examples(
+        "weft bench small.safetensors --data digits --threads 1,2 -o bench.json",
+        "weft bench --layer 1000x1280 --structure 'LowRank(rank=30)' --cache both",
+        "weft bench --layer 1000x1280 --families all --share 0.1 --dtype bfloat16",
+    ),
 )
 def bench_command(
     file: Annotated[
@@ -761,8 +785,10 @@ def _bench_members(
 
 @app.command(
     "report",
-    epilog="Examples: weft report run.json --plan plan.json --log log.jsonl -o report.html    "
-    "weft report quarter.json tenth.json -o compared.html",
+    epilog=_examples(
+        "weft report run.json --plan plan.json --log log.jsonl -o report.html",
+        "weft report quarter.json tenth.json -o compared.html",
+    ),
 )
 def report_command(
     runs: Annotated[
@@ -805,7 +831,7 @@ def report_command(
     console.print(f"wrote {output}")
 
 
-@app.command("export", epilog="Example: weft export small.safetensors --data digits -o small.onnx")
+@app.command("export", epilog=_examples("weft export small.safetensors --data digits -o small.onnx"))
 def export_command(
     file: Smallfile,
     data: NeededData,
@@ -833,7 +859,7 @@ def export_command(
     )
 
 
-@app.command("picture", epilog="Example: weft picture small.safetensors classifier -o classifier.svg")
+@app.command("picture", epilog=_examples("weft picture small.safetensors classifier -o classifier.svg"))
 def picture_command(
     file: Smallfile,
     layer: Annotated[str, typer.Argument(metavar="LAYER", help="The layer's name.")],
@@ -852,7 +878,7 @@ def picture_command(
     console.print(f"wrote {output}")
 
 
-@app.command("families", epilog="Example: weft families")
+@app.command("families", epilog=_examples("weft families"))
 def families_command() -> None:
     """Lists the families of matrices, those of other packages included."""
     table = Table(title_justify="left")
@@ -864,7 +890,7 @@ def families_command() -> None:
     console.print(table)
 
 
-@app.command("demo", epilog="Example: weft demo --out demo")
+@app.command("demo", epilog=_examples("weft demo --out demo"))
 def demo_command(
     out: Annotated[Path, typer.Option("--out", help="The folder to write to.")] = Path("demo"),
 ) -> None:

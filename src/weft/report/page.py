@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from weft import checks
+from weft.plan.pareto import ALL
 from weft.report import charts
 from weft.report.picture import KINDS, describe, draw_svg
 from weft.structures.base import Rectangle, matrix_shape
@@ -26,6 +27,8 @@ _ENVIRONMENT = jinja2.Environment(
 )
 # In which a layer's cost is told.
 _COSTS = ("parameters", "bytes", "multiply_adds")
+# From which multiple of the curve's loss on a plan is said to lie above it.
+_ABOVE = 1.05
 
 
 def render_page(
@@ -190,7 +193,7 @@ def _layers(
             "structure": entry["structure"],
             "family": family,
             "size": size.removesuffix(")"),
-            "note": "only storage shrinks" if entry.get("only_storage_shrinks") else "",
+            "note": _note(entry),
             "shape": " × ".join(map(str, entry["shape"])),
             "bytes": {"dense": dense["bytes"], "now": cost["bytes"]},
             "costs": [
@@ -212,6 +215,13 @@ def _layers(
             "charts": own,
         })
     return layers
+
+
+def _note(entry: Mapping[str, Any]) -> str:
+    """What is said of a structure that saves no multiply-adds; a matrix may still be read faster."""
+    if not entry.get("only_storage_shrinks"):
+        return ""
+    return "only storage shrinks" if len(entry["shape"]) > 2 else "no fewer multiply-adds"
 
 
 def _planned_error(plan: Mapping[str, Any], structure: str) -> float | None:
@@ -256,8 +266,16 @@ def _legend(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _chosen(pareto: Mapping[str, Any]) -> dict[str, str]:
-    share, cost = pareto["chosen"][0] / pareto["dense"], charts.words(pareto["cost"])
-    return {"cost": cost, "chosen": f"{100 * share:.1f} % of the {cost}" if pareto["chosen"][1] > 0 else ""}
+    """What the chart's caption says of the plan."""
+    now, loss = pareto["chosen"]
+    cost = charts.words(pareto["cost"])
+    if loss <= 0:
+        return {"cost": cost, "chosen": ""}
+    told = f"The plan has {100 * now / pareto['dense']:.1f} % of the {cost}."
+    least = min((reached for amount, reached in pareto["curves"][ALL] if amount <= now), default=loss)
+    if loss > _ABOVE * least:
+        told += " It lies above the curve because it has to keep other limits as well, or was made by hand."
+    return {"cost": cost, "chosen": told}
 
 
 def _format(value: float | None, spec: str) -> str:
