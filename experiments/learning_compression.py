@@ -237,9 +237,10 @@ BINARY = Quantized(1, codebook="kmeans")
 REFERENCE_ERROR = 2.13
 # Few steps, in bfloat16: the pull to the structures soon is as strong as the loss's.
 TUNING = Training(learning_rate=1e-3, mixed_precision=True)
+# A rate that halves from step to step: what the noise of a constant one costs, three steps do not win back.
+RESIDUAL_STEPS = replace(scheme(0.05, 2.5, 3, 0.01, True), metric="outputs", learning_rate_decay=0.5)
 # Sizes follow from price over penalty, so that both must be of one order from the first step on.
-RESIDUAL_CURVE = replace(scheme(0.15, 1.6, 3, 0.015, True), metric="outputs")
-RESIDUAL_STEPS = replace(scheme(0.05, 2.5, 3, 0.015, True), metric="outputs")
+RESIDUAL_CURVE = replace(RESIDUAL_STEPS, penalties=rising(0.15, 1.6, 3))
 
 
 def lenet_5_row(part: str, tasks: Tasks, scheme: LearningCompression) -> Row:
