@@ -401,6 +401,38 @@ def test_bad_input_is_one_clear_line_status_2_and_nothing_written(
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        (
+            "def make():\n    return {}['width']",
+            ["line 2, in make", "KeyError: 'width'", "while loading own.py"],
+        ),
+        (
+            "import torch\ndef make():\n    raise RuntimeError('no weights')",
+            ["line 3, in make", "no weights"],
+        ),
+        ("def make():\n    raise ValueError('no width')", [r"^weft: no width \(.*own.py, line 2\)\n$"]),
+        ("import nowhere", [r"^weft: No module named 'nowhere' \(.*own.py, line 1\)\n$"]),
+        ("def make(:", ["own.py", "SyntaxError"]),
+    ],
+)
+def test_an_error_in_a_users_file_is_shown_where_it_is(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    lines: list[str],
+) -> None:
+    (folder / "own.py").write_text(source + "\n")
+    assert weft(monkeypatch, "survey own.py:make") == 2
+    error = capsys.readouterr().err
+    for line in lines:
+        assert re.search(line, error), error
+    assert "typer" not in error
+    assert "cli.py" not in error
+
+
 def test_every_verb_has_help_with_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

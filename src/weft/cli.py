@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ from weft.schemes.processes import writes_files
 from weft.schemes.search import SearchResult, search
 from weft.schemes.shards import compress_shards
 from weft.schemes.training import OPTIMISERS, SCHEDULES, Training
-from weft.sources import Data, load, load_data, load_model
+from weft.sources import Data, load, load_data, load_model, reference
 from weft.sources.augmentation import Augmented
 from weft.sources.splits import IndexedSplit
 from weft.storage import coder_of, read_json, read_metadata, save, structured_layers, write_text
@@ -78,6 +79,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
+SOURCE_FILE = reference.__file__  # which runs models' and data's own files
 SCHEMES = ("direct", "lc", "iterative")
 _RIVALS = 4  # how many of a layer's families that were not chosen the plan's table names
 _RISE = 1000.0  # of the penalty of learning-compression, from the first step to the last
@@ -1297,12 +1299,31 @@ def main() -> None:
     """Runs the command line; what the user can mend is one line on standard error and exit status 2."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        if os.environ.get("WEFT_TRACEBACK"):
+    except Exception as error:
+        mendable = isinstance(error, ValueError | TypeError | OSError | ImportError | MemoryError)
+        own = _users_part(error)
+        misspelt = isinstance(error, SyntaxError)  # of a file that could not even be read: weft itself was
+        if os.environ.get("WEFT_TRACEBACK") or not (mendable or misspelt or own):
             raise
-        line = " ".join(str(error).split())
-        print(f"weft: {line}", file=sys.stderr)
+        if mendable:
+            where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+            print(f"weft: {' '.join(str(error).split())}{where}", file=sys.stderr)
+        else:
+            lines = ["weft: a file of yours failed:", *traceback.format_list(own)]
+            lines += traceback.format_exception_only(error)
+            print("\n".join(line.rstrip() for line in lines), file=sys.stderr)
         sys.exit(2)
+
+
+def _users_part(error: Exception) -> list[traceback.FrameSummary]:
+    """Where in a model's or data's own file an error came up; nothing where that is not its place."""
+    frames = traceback.extract_tb(error.__traceback__)
+    entered = max(
+        (index for index, frame in enumerate(frames) if frame.filename == SOURCE_FILE), default=None
+    )
+    if entered is None:
+        return []
+    return [frame for frame in frames[entered + 1 :] if not frame.filename.startswith("<frozen")]
 
 
 @app.callback(invoke_without_command=True)
