@@ -453,8 +453,8 @@ class LearningCompression:
 
         Returns:
             The compressed network, and the log: the training's steps, and after every C step lc_step, mu,
-            distance (relative, between W and Δ(Θ)), metric, parameters, size (bytes), multiply_adds,
-            structures.
+            distance (between W and Δ(Θ), relative and in the scheme's metric), metric, parameters, size
+            (bytes), multiply_adds, structures.
         """
         order = order_of(batches)
         dense = copy.deepcopy(model)
