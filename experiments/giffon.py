@@ -1,6 +1,6 @@
 """PSM-nets (Giffon, Ayache, Kadri, Artières and Sicre 2021): figures 3 and 4, tables I, III and IV.
 
-    python experiments/giffon.py            # an epoch each, two steps of iterative pruning: an hour of a core
+    python experiments/giffon.py            # an epoch each, pruning in two steps: half an hour of a core
     python experiments/giffon.py --quick    # a tenth of the images and half of the grid: five minutes
 
 LeNet-5 on MNIST and ResNet-20 on CIFAR-10; the first layer stays dense, as does ResNet-20's classifier of 640
