@@ -377,7 +377,6 @@ def compress_command(
         float | None,
         typer.Option(
             "--penalty-factor",
-            min=1,
             help="With lc: by how much it rises per step; default: to a thousand times over all steps, with "
             "a price 1.3.",
         ),
