@@ -100,7 +100,7 @@ def test_accuracy_takes_inputs_of_any_form_and_outputs_with_logits() -> None:
             r"data must be an iterable of \(inputs, labels\) pairs, got Tensor of 2",
         ),
         ((torch.zeros(2, 3),), TypeError, "pairs, got tuple of 1"),
-        ((torch.zeros(2, 3), [0, 1]), TypeError, "pairs, got tuple of 2"),
+        ((torch.zeros(2, 3), [0, 1]), TypeError, "pairs, got labels that are list"),
         ((torch.zeros(2, 3), torch.zeros(2)), TypeError, "labels must be integers, got torch.float32"),
         ((torch.zeros(2, 3), torch.tensor([0, 3])), ValueError, "labels must be between 0 and 2, got 0 to 3"),
         (

@@ -801,7 +801,8 @@ def latencies(
     wanted = [(size, count) for count in (thread_counts or [torch.get_num_threads()]) for size in batches]
     for model in (dense, compressed):
         with evaluating(model), torch.inference_mode():
-            call_checked(model, to_device(sample, device_of(model)), "sample")
+            first = repeat_to(to_device(sample, device_of(model)), min(batches))
+            call_checked(model, first, "sample")
     rows = []
     with evaluating(dense), evaluating(compressed), torch.inference_mode():
         for size, count in track(wanted, "timing", shown=shown):
