@@ -667,7 +667,8 @@ def test_matrices_that_belong_to_no_layer_are_named() -> None:
     found = weft.survey(Tokens())
     assert list(found.layers) == ["rest"]
     assert found.left_dense == {
-        "attention.out_proj": "nn.MultiheadAttention reads its weight instead of calling it",
+        "attention.out_proj": "nn.MultiheadAttention reads its weight instead of calling it; "
+        "weft.split_attention(model) makes linear layers of it",
         "attention.in_proj_weight": "MultiheadAttention uses it in a way of its own",
         "places": "Tokens uses it in a way of its own",
     }

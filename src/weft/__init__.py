@@ -16,6 +16,7 @@ import importlib.metadata
 
 # `weft.survey` and `weft.measure` are modules and functions: the modules are imported first, and the
 # functions of the same name then stand before them.
+from weft.layers.attention import split_attention
 from weft.measure import inputs
 from weft.plan.allocate import allocate
 from weft.plan.budget import Budget, Price
@@ -68,6 +69,7 @@ __all__ = [
     "measure_sensitivity",
     "save",
     "search",
+    "split_attention",
     "squeeze",
     "survey",
     "survey_shards",

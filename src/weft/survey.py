@@ -386,7 +386,10 @@ def find_layers(model: nn.Module) -> tuple[dict[str, LayerSurvey], dict[str, str
     for name, module in model.named_modules(remove_duplicate=False):
         reason = refusal(module)
         if reason is None and name in fused:
-            reason = "nn.MultiheadAttention reads its weight instead of calling it"
+            reason = (
+                "nn.MultiheadAttention reads its weight instead of calling it; "
+                "weft.split_attention(model) makes linear layers of it"
+            )
         if reason is None:
             groups.setdefault(id(module.weight), []).append(name)
         else:

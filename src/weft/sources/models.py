@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from weft import checks
 from weft.checks import fault
+from weft.layers.attention import split_attention
 from weft.sources.archive import numeric_tensor, read_arrays
 from weft.sources.reference import (
     FILE_PREFIX,
@@ -28,7 +29,7 @@ from weft.sources.reference import (
 
 
 def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
-    """Builds a network from its source, in evaluation mode.
+    """Builds a network from its source, in evaluation mode, every `nn.MultiheadAttention` split into layers.
 
     Sources:
 
@@ -73,11 +74,11 @@ def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not is_lazy(parameter) and not parameter.is_meta:
             checks.finite(f"parameter {name} of {source}", parameter.detach())
-    return model.eval()
+    return split_attention(model).eval()
 
 
 def load_architecture(source: str) -> nn.Module:
-    """Builds a network from its source without downloading pretrained weights, in evaluation mode.
+    """Builds a network as `load_model` does, but without downloading pretrained weights.
 
     Args:
         source: as for `load_model`.
@@ -93,7 +94,7 @@ def load_architecture(source: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         expected = f"an nn.Module as the return value of {source}"
         raise TypeError(fault("model", expected, type(model).__name__, "return the module from the function"))
-    return model.eval()
+    return split_attention(model).eval()
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
