@@ -301,6 +301,7 @@ ROWS = {
     "low rank, plain + reshaped, half the ranks": sums_row(4, 2),
     "Tucker": resnet_row("Tucker", HALF),
     "LowRank": resnet_row("LowRank", HALF),
+    "CanonicalPolyadic": resnet_row("CanonicalPolyadic", HALF),
     # A kernel that is a sparse product is formed as a whole: its multiply-adds stay, only storage shrinks.
     "SparseProduct, half the parameters": resnet_row("SparseProduct", Budget(parameters=0.5)),
     **{
