@@ -34,7 +34,7 @@ def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
     Sources:
 
     - `path/to/file.py:function`: the function is called without arguments and returns the module; the file's
-      own folder is importable meanwhile. The module comes as the function made it.
+      own folder is importable meanwhile. The module comes as the function made it, but for its attentions.
     - `torchvision:NAME[?random][?weights=ENTRY][&num_classes=N]`: a classification, segmentation, ... model
       of `torchvision.models`, with its default pretrained weights or with the named entry of its weights
       enumeration.
