@@ -308,7 +308,7 @@ ROWS = {
         f"ResNet-20, ranks by price, {price:g} a multiply-add": residual_curve({
             "*": Priced("LowRank", Price(multiply_adds=price))
         })
-        for price in (6e-6, 1.5e-5)
+        for price in (2e-6, 6e-6, 1.5e-5)
     },
     "ResNet-20, plain + reshaped": residual_curve({
         f"layer{stage}.*": Added((LowRank(own), Reshaped(LowRank(own), 24 * 2**stage)))

@@ -86,7 +86,7 @@ EXPERIMENTS = (
     Experiment("kissel_diepold", rows=174),
     Experiment("giffon", rows=168),
     Experiment("psm_nets", rows=5),
-    Experiment("learning_compression", rows=21),
+    Experiment("learning_compression", rows=22),
     Experiment("accuracy_by_rank", ("mnist",), by_row=False, quick=False),
     Experiment("accuracy_by_rank", ("mobilenet_v2",), by_row=False, quick=False),
     Experiment("accuracy_by_rank", ("resnet20",), by_row=False, quick=False),
