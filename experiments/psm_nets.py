@@ -14,6 +14,7 @@ from their checkpoints under build/ where they were interrupted. Skips where the
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +131,7 @@ def main() -> None:
     for start in given.starts or STARTS:
         epochs = 1 if given.quick else 4 if start == "taught" else 8
         setting = {"start": start, "sparsity": 7, "epochs": epochs}
-        records.row(
-            "PSM-LeNet",
-            setting,
-            lambda setting=setting: train(**setting, quick=given.quick),  # type: ignore[misc]
-        )
+        records.row("PSM-LeNet", setting, partial(train, **setting, quick=given.quick))
     show(sheets(records))
 
 

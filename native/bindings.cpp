@@ -97,8 +97,8 @@ const dlpack::Exchange *exchange_of(PyObject *tensor) {
 }
 
 void know_torch(nb::object tensor, nb::object parameter, nb::object float32, nb::object bfloat16, nb::object uint8,
-                nb::object is_grad_enabled, nb::object get_num_threads, nb::tuple questions, nb::tuple answers, nb::object forward_mode,
-                bool by_exchange) {
+                nb::object is_grad_enabled, nb::object get_num_threads, nb::tuple questions, nb::tuple answers,
+                nb::object forward_mode, bool by_exchange) {
     torch.exchange = by_exchange ? exchange_of(tensor.ptr()) : nullptr;
     torch.tensor = tensor.release().ptr();
     torch.parameter = parameter.release().ptr();
@@ -186,7 +186,8 @@ int describe(PyObject *tensor, Numbers wanted, Plain &out) {
     out.half = wanted == Numbers::floating && found.type == dlpack::brain_floating;
     const bool bytes = wanted == Numbers::uint8;
     const auto type = out.half ? dlpack::brain_floating : bytes ? dlpack::unsigned_integer : dlpack::floating;
-    if (found.type != type || found.bits != (out.half ? 16 : bytes ? 8 : 32) || found.lanes != 1 || found.device_type != dlpack::host || found.axes > most_axes)
+    if (found.type != type || found.bits != (out.half ? 16 : bytes ? 8 : 32) || found.lanes != 1 ||
+        found.device_type != dlpack::host || found.axes > most_axes)
         return 0;
     out.axes = found.axes;
     std::int64_t count = 1;
@@ -427,7 +428,8 @@ const std::int64_t *program_at(PyObject *code) {
 }
 
 // block_sequence_apply(x, bias, matrices, names, code): the whole eager call, from the guard to the result, as one
-// function; None where the arrays are not what the program reads. Threads are asked for where they are worth it only: the question costs as much as many a step.
+// function; None where the arrays are not what the program reads. Threads are asked for where they are worth it only:
+// the question costs as much as many a step.
 PyObject *block_sequence_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
     if (wrong_count(count, 5, "x, bias, matrices, names, code")) return nullptr;
     PyObject *matrices = given[2], *names = given[3];

@@ -28,7 +28,7 @@ from weft.layers.base import StructuredLayer
 from weft.measure import accuracy
 from weft.plan.advice import Advice, advise
 from weft.plan.allocate import METHODS, allocate
-from weft.plan.budget import Budget, Price
+from weft.plan.budget import COSTS, Budget, Price
 from weft.plan.constraints import Constraints
 from weft.plan.curve_cache import default_folder
 from weft.plan.error_curves import error_curves
@@ -1245,8 +1245,7 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
     table.add_column("layer", overflow="fold")
     table.add_column("structure", overflow="fold", min_width=16)
     table.add_column("shape", justify="right")
-    names = ("parameters", "bytes", "multiply_adds")
-    for name in names:
+    for name in COSTS:
         table.add_column(name.replace("_", "-"), justify="right")
     table.add_column("error", justify="right")
     measured = {entry["layer"]: entry for entry in log or []}
@@ -1259,12 +1258,12 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
         error = measured[name]["error"] if name in measured else None if point is None else point.error
         dense = asdict(layer.cost)
         if log is not None and total is not None:
-            total = total + Cost(*(cost.get(one, dense[one]) for one in names)) - layer.cost
+            total = total + Cost(*(cost.get(one, dense[one]) for one in COSTS)) - layer.cost
         table.add_row(
             name,
             str(structure),
             "x".join(map(str, layer.shape)),
-            *(f"{cost[one] / dense[one]:.1%}" if one in cost and dense[one] else "-" for one in names),
+            *(f"{cost[one] / dense[one]:.1%}" if one in cost and dense[one] else "-" for one in COSTS),
             "-" if error is None else f"{error:.4f}",
         )
     console.print(table)
@@ -1272,7 +1271,7 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
     if total is not None:
         parts = [
             f"{name.replace('_', '-')} {now:,} ({now / dense:.1%} of dense)"
-            for name in names
+            for name in COSTS
             if (dense := getattr(found.total, name)) and (now := getattr(total, name)) is not None
         ]
         if plan.peak_memory is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from weft import checks
+from weft.plan.budget import COSTS
 from weft.plan.pareto import ALL
 from weft.report import charts
 from weft.report.picture import KINDS, describe, draw_svg
@@ -25,8 +26,6 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-# In which a layer's cost is told.
-_COSTS = ("parameters", "bytes", "multiply_adds")
 # From which multiple of the curve's loss on a plan is said to lie above it.
 _ABOVE = 1.05
 
@@ -203,7 +202,7 @@ def _layers(
                     "value": cost[key],
                     "share": f"{100 * cost[key] / dense[key]:.1f} %" if dense[key] else "",
                 }
-                for key in _COSTS
+                for key in COSTS
             ],
             "error": error,
             "distance": entry.get("distance"),
