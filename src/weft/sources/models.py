@@ -50,10 +50,7 @@ def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
         weights: a file to load afterwards, as `load_weights` reads it.
 
     Returns:
-        The network.
-
-    Raises:
-        TypeError: the user's function returned something that is no module.
+        The network; a user's function that returns no module is a TypeError.
 
     Examples:
         >>> load_model("alexnet")
@@ -61,14 +58,9 @@ def load_model(source: str, weights: str | Path | None = None) -> nn.Module:
         ValueError: model must be one of hf:..., timm:..., torchvision:..., path/to/file.py:function,
         got 'alexnet'; check its spelling
     """
-    reference = parse("model", source, MODEL_SOURCES)
     if weights is not None:
         weights = existing_file("weights", weights)  # before a network is built or downloaded in vain
-    model = MODEL_SOURCES[reference.prefix](reference, weights is None)
-    if not isinstance(model, nn.Module):
-        got = "its class rather than an instance" if inspect.isclass(model) else type(model).__name__
-        expected = f"an nn.Module as the return value of {source}"
-        raise TypeError(fault("model", expected, got, "return the module from the function"))
+    model = _build(source, pretrained=weights is None)
     if weights is not None:
         load_weights(model, weights)
     for name, parameter in model.named_parameters():
@@ -85,16 +77,19 @@ def load_architecture(source: str) -> nn.Module:
 
     Returns:
         The network; its weights are to be loaded.
-
-    Raises:
-        TypeError: the user's function returned something that is no module.
     """
+    return split_attention(_build(source, pretrained=False)).eval()
+
+
+def _build(source: str, *, pretrained: bool) -> nn.Module:
+    """The network as its source makes it; a TypeError where that is none."""
     reference = parse("model", source, MODEL_SOURCES)
-    model = MODEL_SOURCES[reference.prefix](reference, False)
+    model = MODEL_SOURCES[reference.prefix](reference, pretrained)
     if not isinstance(model, nn.Module):
+        got = "its class rather than an instance" if inspect.isclass(model) else type(model).__name__
         expected = f"an nn.Module as the return value of {source}"
-        raise TypeError(fault("model", expected, type(model).__name__, "return the module from the function"))
-    return split_attention(model).eval()
+        raise TypeError(fault("model", expected, got, "return the module from the function"))
+    return model
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
