@@ -1,6 +1,7 @@
 """Choosing levels in a metric: against exhaustive search, against plain rounding, and step by step."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -150,15 +151,16 @@ def test_several_at_once_are_what_they_are_alone(gram: bool) -> None:
         torch.testing.assert_close(levels.decode(codes), theirs.decode(alone))
 
 
-def test_blocks_of_rows_have_their_own_metrics() -> None:
+@pytest.mark.parametrize("options", [{}, {"tolerance": 0.9}, {"sweeps": 1}], ids=str)
+def test_blocks_of_rows_have_their_own_metrics(options: dict[str, Any]) -> None:
     matrix, first = problem(8, 16)
     _, second = problem(8, 16, seed=1)
     levels = levels_of("uniform", matrix)
     both = BlockDiagonalGram(torch.stack([first.moment, second.moment]), shrinkage=0.0)
-    codes, found = quantise(matrix, [levels], input_gram=both)
+    codes, found = quantise(matrix, [levels], input_gram=both, **options)
     for index in range(2):
         own = torch.arange(4 * index, 4 * index + 4)
-        alone, theirs = quantise(matrix[own], [levels.rows(own)], input_gram=both.block(index))
+        alone, theirs = quantise(matrix[own], [levels.rows(own)], input_gram=both.block(index), **options)
         assert torch.equal(codes[own], alone)
         torch.testing.assert_close(found.rows(own).decode(alone), theirs.decode(alone))
 

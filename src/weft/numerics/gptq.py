@@ -14,7 +14,7 @@ output metric couples them; what the others' errors leave is then part of a row'
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -461,10 +461,14 @@ def quantise_several(
         Codes and levels of every quantisation, as `quantise` gives them.
     """
     if isinstance(input_gram, BlockDiagonalGram):
-        return [
-            _by_block(matrix, own, input_gram, output_gram, feedback, by_importance, solves, sweeps)
-            for own in starts
-        ]
+        options = {
+            "feedback": feedback,
+            "by_importance": by_importance,
+            "solves": solves,
+            "sweeps": sweeps,
+            "tolerance": tolerance,
+        }
+        return [_by_block(matrix, own, input_gram, options) for own in starts]
     diagonal = None if input_gram is None else input_gram.diagonal().to(matrix)
     metric = root = order = None
     if feedback and input_gram is not None and not isinstance(input_gram, DiagonalGram):
@@ -724,17 +728,10 @@ def _descend_over_rows(
 
 
 def _by_block(
-    matrix: Tensor,
-    starts: Sequence[Levels],
-    gram: BlockDiagonalGram,
-    output_gram: Gram | None,
-    feedback: bool,
-    by_importance: bool,
-    solves: bool,
-    sweeps: int,
+    matrix: Tensor, starts: Sequence[Levels], gram: BlockDiagonalGram, options: Mapping[str, Any]
 ) -> Fit:
     """Every part of the rows in its own metric; with shared levels all in the mean metric."""
-    options = {"feedback": feedback, "by_importance": by_importance, "solves": solves, "sweeps": sweeps}
+    # An output metric is left out: it couples rows of different groups, whose errors no Ĝ measures together.
     if starts[0].shared:
         return quantise(matrix, starts, input_gram=gram.average(), **options)
     size = len(matrix) // gram.groups
