@@ -236,8 +236,6 @@ def test_shifts_turns_and_mirrors_are_those_of_the_definition() -> None:
     ]
     assert set(kinds) == {1, -1}
     assert 16 < kinds.count(-1) < 48
-    shifted = first(shift=2.0)
-    assert not torch.allclose(shifted, images, atol=1e-2)
     square = torch.zeros(200, 1, 21, 21)
     square[:, :, 10, 16] = 1.0  # a point six pixels to the right of the centre
     turned, _ = next(iter(Augmented([(square, torch.zeros(200))], rotation=30.0)))
@@ -253,6 +251,29 @@ def test_shifts_turns_and_mirrors_are_those_of_the_definition() -> None:
     assert max(map(abs, angles)) <= 31
     assert max(angles) > 25
     assert min(angles) < -25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_shift_moves_whole_pixels_and_changes_none(dtype: torch.dtype, flip: bool) -> None:
+    height, width, most = 40, 300, 2
+    images = torch.rand(500, 1, height, width).to(dtype)
+    padded = torch.nn.functional.pad(images, (most,) * 4)
+    shifted, _ = next(iter(Augmented([(images, torch.zeros(500))], shift=most, flip=flip)))
+    assert shifted.dtype == dtype
+    seen: dict[tuple[int, int], int] = {}
+    for image, moved in zip(padded, shifted, strict=True):
+        crops = {
+            (down, along): image[:, most + down :, most + along :][:, :height, :width]
+            for down in range(-most, most + 1)
+            for along in range(-most, most + 1)
+        }
+        mirrored = [moved, moved.flip(-1)] if flip else [moved]
+        (shift,) = [place for place, crop in crops.items() if any(torch.equal(crop, one) for one in mirrored)]
+        seen[shift] = seen.get(shift, 0) + 1
+    assert len(seen) == (2 * most + 1) ** 2
+    assert min(seen.values()) > 4
+    assert max(seen.values()) < 50
 
 
 @given(st.integers(0, 5), st.integers(0, 100))
@@ -274,7 +295,11 @@ def test_what_cannot_be_changed_is_refused() -> None:
         next(iter(Augmented([(torch.zeros(3, 4), torch.zeros(3))], flip=True)))
     with pytest.raises(ValueError, match="shift must be at least 0, got -1"):
         Augmented([], shift=-1)
-    for text in ("zoom=3", "shift", "shift=a", "flip=maybe"):
+    with pytest.raises(TypeError, match=r"shift must be a whole number at least 0, got 0\.5"):
+        Augmented([], shift=0.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="rotation must be at least 0, got -1"):
+        Augmented([], rotation=-1)
+    for text in ("zoom=3", "shift", "shift=a", "shift=0.5", "rotation", "flip=maybe", ""):
         with pytest.raises(ValueError, match="augment must be such as shift=2,rotation=10,flip"):
             Augmented.parse([], text)
     made = Augmented.parse([], "shift=2, rotation=10,flip")

@@ -14,18 +14,21 @@ from weft import checks
 class Augmented:
     """Batches of (images, labels) whose images are changed at random, differently in every pass.
 
-    Every image is turned by an angle, shifted and mirrored in one bilinear interpolation; what comes in from
-    outside is zero. What a pass draws follows from the seed and the number of the pass, so that a resumed
-    training sees the same images.
+    Every image is turned by an angle, mirrored and shifted by whole pixels, as random crops of padded images
+    are; what comes in from outside is zero. Only images that are turned are interpolated (bilinearly): all
+    others keep their pixels, as an interpolated shift would blur what the network has to tell apart. What a
+    pass draws follows from the seed and the number of the pass, so that a resumed training sees the same
+    images.
 
     Args:
         batches: (images, labels) pairs or images alone, of shape (batch, channels, height, width), floating.
-        shift: the largest shift in pixels, in either direction and axis.
+        shift: the largest shift in whole pixels, in either direction and axis; all shifts are as likely.
         rotation: the largest angle in degrees, in either direction.
         flip: whether half of the images are mirrored left to right.
         seed: decides what is drawn.
 
     Raises:
+        TypeError: the shift is no whole number.
         ValueError: a number is negative.
 
     Examples:
@@ -39,14 +42,14 @@ class Augmented:
         self,
         batches: Iterable[Any],
         *,
-        shift: float = 0.0,
+        shift: int = 0,
         rotation: float = 0.0,
         flip: bool = False,
         seed: int = 0,
     ) -> None:
-        for argument, value in (("shift", shift), ("rotation", rotation)):
-            if not value >= 0:
-                raise ValueError(checks.fault(argument, "at least 0", value, "use 0 for none"))
+        checks.integer_between("shift", shift, 0, None)
+        if not rotation >= 0:
+            raise ValueError(checks.fault("rotation", "at least 0", rotation, "use 0 for none"))
         self.batches = batches
         self.shift, self.rotation, self.flip, self.seed = shift, rotation, flip, seed
         self.passes = 0
@@ -70,12 +73,11 @@ class Augmented:
         for part in text.split(","):
             name, _, value = part.strip().partition("=")
             try:
-                options[name] = True if name == "flip" and not value else float(value)
-            except ValueError:
-                name = ""
-            if name not in {"shift", "rotation", "flip"}:
+                numbers = {"shift": int, "rotation": float}
+                options[name] = numbers[name](value) if value else {"flip": True}[name]
+            except (KeyError, ValueError):
                 expected = "such as shift=2,rotation=10,flip"
-                raise ValueError(checks.fault("augment", expected, repr(part), "name only these"))
+                raise ValueError(checks.fault("augment", expected, repr(part), "name only these")) from None
         return cls(batches, **options, seed=seed)
 
     def resume_at(self, passes: int) -> None:
@@ -108,9 +110,15 @@ class Augmented:
         angle = draw[0] * math.radians(self.rotation)
         mirror = 1 - 2 * (draw[3] < 0).double() if self.flip else torch.ones(count, dtype=torch.float64)
         cosine, sine = angle.cos(), angle.sin()
+        # Both ends are as likely as what lies between them.
+        shift = (draw[1:3] * (self.shift + 0.5)).round().clamp(-self.shift, self.shift)
         # affine_grid's coordinates run from −1 to 1 along either axis: an angle has to know their lengths.
-        along = [mirror * cosine, -mirror * sine * height / width, draw[1] * 2 * self.shift / width]
-        down = [sine * width / height, cosine, draw[2] * 2 * self.shift / height]
-        matrices = torch.stack([torch.stack(along, 1), torch.stack(down, 1)], 1).to(images)
+        along = [mirror * cosine, -mirror * sine * height / width, shift[0] * 2 / width]
+        down = [sine * width / height, cosine, shift[1] * 2 / height]
+        # Places in half precision would be off by pixels.
+        wide = images if images.dtype == torch.float64 else images.float()
+        matrices = torch.stack([torch.stack(along, 1), torch.stack(down, 1)], 1).to(wide)
         grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+        mode = "bilinear" if self.rotation else "nearest"
+        moved = F.grid_sample(wide, grid, mode=mode, padding_mode="zeros", align_corners=False)
+        return moved.to(images.dtype)
