@@ -1,5 +1,6 @@
 """A structured matrix drawn as blocks: low-rank ones green with their rank written in, dense ones red.
 
+A matrix that is a single low-rank block would be all of one colour: it is drawn as its two factors, to scale.
 A picture is laid out once, as boxes and texts on a plane; SVG and PNG draw the same layout.
 """
 
@@ -7,7 +8,7 @@ import html
 import importlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -177,7 +178,18 @@ def write_picture(matrix: StructuredMatrix, path: str | os.PathLike[str]) -> Pat
 # -- layout
 
 
+def _in_factors(picture: Sequence[Rectangle], rows: int, columns: int) -> Sequence[Rectangle]:
+    """The picture; of a matrix that is one low-rank block that of its factors."""
+    if len(picture) != 1 or picture[0].kind != "low_rank" or not picture[0].label.isdecimal():
+        return picture
+    (block,), rank = picture, int(picture[0].label)
+    if (block.rows, block.columns) != (rows, columns) or not 0 < rank <= min(rows, columns):
+        return picture
+    return [replace(block, columns=rank, factor=1), replace(block, rows=rank, factor=2)]
+
+
 def _lay_out(picture: Sequence[Rectangle], rows: int, columns: int) -> _Layout:
+    picture = _in_factors(picture, rows, columns)
     factors: dict[int, list[Rectangle]] = {}
     for block in sorted(picture, key=lambda block: block.factor):
         factors.setdefault(block.factor, []).append(block)
