@@ -260,6 +260,25 @@ def test_together_keeps_the_heaviest_blocks_of_all_weights() -> None:
         assert torch.equal(found[name].mask(), part >= threshold)
 
 
+def test_together_in_the_metric_keeps_what_gives_out_most() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 10))
+    batch = torch.randn(64, 10) * torch.linspace(0.3, 2.0, 10)  # strong inputs for the first layer
+    task = Together(Pruned(0.2, score="input", reconstruct=False))
+    found = c_step(task, model, 1.0, [batch])
+    layers = weft.survey(model, [batch]).layers
+    given = [
+        (layer.weight.square() * layer.input_gram.diagonal().float()).flatten()  # pyright: ignore
+        for layer in layers.values()
+    ]
+    everything = torch.cat(given)
+    threshold = everything.sort(descending=True).values[round(0.2 * everything.numel()) - 1]
+    for own, member in zip(given, found.values(), strict=True):
+        assert torch.equal(member.mask().flatten(), own >= threshold)
+    plain = task.structure.share_out([layer.weight for layer in layers.values()])
+    assert found["0"].structure.density > plain[0].density
+
+
 @pytest.mark.parametrize("structure", [LowRank(2), Pruned(0.5, pattern="2:4"), Quantized(2)], ids=str)
 def test_together_refuses_a_size_that_layers_cannot_share(structure: Structure) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))

@@ -131,8 +131,8 @@ class Together(Task):
     """One size for all layers: `Together(Pruned(density=0.05))` keeps the 5 % largest of all weights.
 
     Args:
-        structure: of a family whose size several weights can share (`Structure.share_out`); by the weights
-            as they are, whatever the metric.
+        structure: of a family whose size several weights can share (`Structure.share_out`), in the metric
+            of the C steps.
     """
 
     structure: Structure
@@ -142,11 +142,13 @@ class Together(Task):
         self.structure.share_out([layer.weight for layer in survey.layers.values()])
 
     def fit(self, survey: Survey, penalty: float, starts: Members) -> dict[str, StructuredMatrix]:
-        weights = {name: layer.weight for name, layer in survey.layers.items()}
-        shared = self.structure.share_out(list(weights.values()))
+        layers = list(survey.layers.values())
+        shared = self.structure.share_out(
+            [layer.weight for layer in layers], [layer.input_gram for layer in layers]
+        )
         return {
-            name: _fit(structure, survey.layers[name], starts.get(name))
-            for name, structure in zip(weights, shared, strict=True)
+            layer.name: _fit(structure, layer, starts.get(layer.name))
+            for layer, structure in zip(layers, shared, strict=True)
         }
 
 

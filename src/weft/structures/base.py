@@ -1036,7 +1036,9 @@ class Structure(ABC):
     def from_tensors(self, shape: Shape, tensors: Mapping[str, Tensor]) -> StructuredMatrix:
         """The member with the given tensors (dotted names for nested ones); refuses what does not fit."""
 
-    def share_out(self, weights: Sequence[Tensor]) -> "list[Structure]":
+    def share_out(
+        self, weights: Sequence[Tensor], input_grams: Sequence[Gram | None] = ()
+    ) -> "list[Structure]":
         """One structure per weight, where this one's size is that of all weights together.
 
         A family whose size can be shared replaces this: the largest 5 % of the entries of all weights are
@@ -1044,6 +1046,8 @@ class Structure(ABC):
 
         Args:
             weights: the weights.
+            input_grams: Ĝ of every weight's inputs, where entries count by what they give out; none where
+                weights are compared as they are.
 
         Raises:
             ValueError: the family has no such size.

@@ -179,15 +179,20 @@ class Pruned(Structure):
             return self.parameter_count(shape) * geometry.positions(shape[2:])
         return matrix_multiply_adds(self.parameter_count(shape), shape, geometry)
 
-    def share_out(self, weights: Sequence[Tensor]) -> "list[Structure]":
+    def share_out(
+        self, weights: Sequence[Tensor], input_grams: Sequence[Gram | None] = ()
+    ) -> "list[Structure]":
         """The blocks of largest norm among those of all weights; every weight keeps at least one."""
+        # In a metric an entry counts w² Ĝ_jj, what it gives out alone.
         grids = [self.pattern_of(tuple(weight.shape)) for weight in weights]
         if self.of != Dense() or not all(isinstance(grid, Grid) for grid in grids):
-            return super().share_out(weights)
-        energies = [
-            cast(Grid, grid).blocks(weight.detach().flatten(1).square()).flatten()
-            for grid, weight in zip(grids, weights, strict=True)
-        ]
+            return super().share_out(weights, input_grams)
+        grams = input_grams or [None] * len(weights)
+        energies = []
+        for grid, weight, gram in zip(grids, weights, grams, strict=True):
+            energy = weight.detach().flatten(1).double().square()
+            energy = energy if gram is None else energy * gram.diagonal().to(energy)
+            energies.append(cast(Grid, grid).blocks(energy).flatten())
         sizes = [len(energy) for energy in energies]
         count = max(1, round(self.density * sum(sizes)))
         chosen = torch.topk(torch.cat(energies), count, sorted=False).indices

@@ -257,8 +257,10 @@ class Quantized(Structure):
     def refusal(self, shape: Shape, geometry: Geometry | None = None) -> str | None:
         return None if self.of == Dense() or self._parts(shape) else self.of.refusal(shape, geometry)
 
-    def share_out(self, weights: Sequence[Tensor]) -> "list[Structure]":
-        return [dataclasses.replace(self, of=part) for part in self.of.share_out(weights)]
+    def share_out(
+        self, weights: Sequence[Tensor], input_grams: Sequence[Gram | None] = ()
+    ) -> "list[Structure]":
+        return [dataclasses.replace(self, of=part) for part in self.of.share_out(weights, input_grams)]
 
     def resized(self, factor: float, shape: Shape) -> "Quantized":
         return dataclasses.replace(self, of=self.of.resized(factor, shape))
