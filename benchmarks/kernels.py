@@ -50,11 +50,11 @@ class Line:
     """One target.
 
     Attributes:
-        structure: as text, or a family's name for the member nearest to a share of the parameters.
+        structure: as text, or a family's name for the member nearest to a share of the bytes.
         shape: (outputs, inputs).
         batch: input vectors per call.
         target: the largest ratio allowed.
-        share: of the parameters, where the structure is a family's name.
+        share: of the bytes, where the structure is a family's name.
         fitted: whether the size depends on the weight, so that a random member would not be it.
         halves: whether weights and vectors are of bfloat16, the dense ones too.
     """
@@ -69,7 +69,7 @@ class Line:
 
     @property
     def name(self) -> str:
-        size = "" if self.share is None else f" at {self.share:.0%} of the parameters"
+        size = "" if self.share is None else f" at {self.share:.0%} of the bytes"
         kind = ", bfloat16" if self.halves else ""
         return f"{self.structure}{size}, {self.shape[0]}x{self.shape[1]}, batch {self.batch}{kind}"
 
