@@ -123,3 +123,19 @@ def test_transformers_run_and_are_compressed(tmp_path) -> None:
         y = small(x)
         assert torch.equal(loaded(x), y)
         assert (y - model(x)).norm() < 0.1 * model(x).norm()
+
+
+def test_a_decoder_with_a_causal_mask_compiles_and_exports_as_one_graph() -> None:
+    """Whether the mask is causal is found out from its values, and must decide nothing."""
+    torch.manual_seed(0)
+    model = split_attention(nn.Transformer(12, 3, 1, 1, 16, batch_first=True)).eval()
+    source, target = torch.randn(2, 5, 12), torch.randn(2, 4, 12)
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    with torch.no_grad():
+        expected = model(source, target, tgt_mask=mask)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(source, target, tgt_mask=mask), expected)
+        # Without the hint torch's own decoder branches on the mask's values, which no export takes.
+        options = {"tgt_mask": mask, "tgt_is_causal": True}
+        program = torch.export.export(model, (source, target), options)
+        torch.testing.assert_close(program.module()(source, target, **options), expected)

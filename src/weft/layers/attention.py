@@ -94,7 +94,8 @@ class SplitAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if is_causal and attn_mask is None:
+        # In this order: whether a given mask is causal is data, which a compiler cannot branch on.
+        if attn_mask is None and is_causal:
             remedy = "pass nn.Transformer.generate_square_subsequent_mask(length)"
             raise ValueError(checks.fault("attn_mask", "given with is_causal", "None", remedy))
         batched = query.ndim == 3
