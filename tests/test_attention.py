@@ -1,6 +1,7 @@
 """Attention of four linear layers: what PyTorch's module computes, and compressed as any layer."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.layers.attention import SplitAttention, split_attention
+from weft.structures.low_rank import LowRank
 
 
 def pair(**settings: object) -> tuple[nn.MultiheadAttention, nn.Module]:
@@ -139,3 +141,43 @@ def test_a_decoder_with_a_causal_mask_compiles_and_exports_as_one_graph() -> Non
         options = {"tgt_mask": mask, "tgt_is_causal": True}
         program = torch.export.export(model, (source, target), options)
         torch.testing.assert_close(program.module()(source, target, **options), expected)
+
+
+def test_an_attention_in_several_places_stays_one() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.MultiheadAttention(12, 3, batch_first=True)
+            self.again = self.first
+            self.held = nn.ModuleList([nn.ModuleDict({"attention": self.first})])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for attention in (self.first, self.again, self.held[0]["attention"]):
+                x = x + attention(x, x, x, need_weights=False)[0]
+            return x
+
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(2, 5, 12)
+    expected = model(x)
+    split = split_attention(model)
+    assert split.first is split.again is split.held[0]["attention"]
+    torch.testing.assert_close(split(x), expected)
+    survey = weft.survey(split, [x])
+    assert survey.layers["first.q_proj"].names == (
+        "first.q_proj",
+        "again.q_proj",
+        "held.0.attention.q_proj",
+    )
+    assert not survey.left_dense
+    assert survey.layers["first.q_proj"].applications == 15
+
+
+def test_loading_into_a_network_that_is_not_split_says_so(tmp_path: Path) -> None:
+    model = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True)
+    small = weft.compress(split_attention(copy.deepcopy(model)), {"self_attn.q_proj": LowRank(2)}).model
+    weft.save(small, tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match=r"got none; pass the network as weft\.split_attention\(model\)"):
+        weft.load(tmp_path / "small.safetensors", model=model)
+    again = weft.load(tmp_path / "small.safetensors", model=split_attention(copy.deepcopy(model)))
+    x = torch.randn(2, 5, 12)
+    torch.testing.assert_close(again.eval()(x), small.eval()(x))

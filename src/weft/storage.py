@@ -445,9 +445,10 @@ def _check_layers(model: nn.Module, names: list[str], shape: tuple[int, ...], ow
         try:
             module = model.get_submodule(name)
         except AttributeError as error:
-            got = "none"
+            if any(isinstance(held, nn.MultiheadAttention) for held in model.modules()):
+                remedy = "pass the network as weft.split_attention(model) leaves it"
             raise ValueError(
-                checks.fault(f"layer {name} {owner}", "a layer of the model", got, remedy)
+                checks.fault(f"layer {name} {owner}", "a layer of the model", "none", remedy)
             ) from error
         weight = dense_weight(module)
         if weight is None:

@@ -31,10 +31,13 @@ def split_attention(model: nn.Module) -> nn.Module:
     """
     if _can_split(model):
         return SplitAttention(model)
+    made: dict[nn.Module, SplitAttention] = {}  # one that stands in several places stays one
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if _can_split(child):
-                setattr(parent, name, SplitAttention(child))
+        for name, child in list(parent._modules.items()):  # noqa: SLF001  (children name a shared one once)
+            if child is not None and _can_split(child):
+                if child not in made:
+                    made[child] = SplitAttention(child)
+                setattr(parent, name, made[child])
     for parent in model.modules():
         # Its shortcut hands the matrices of the attentions to one function.
         if isinstance(parent, nn.TransformerEncoder) and any(
