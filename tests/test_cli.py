@@ -54,6 +54,15 @@ def unlabelled():
 
 def empty():
     return torch.zeros(0, 1, 8, 8), torch.zeros(0, 1, 8, 8)
+
+def regression():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
+
+def measured():
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
+    y = regression()(x).detach().squeeze(1)
+    return (x[:200], y[:200]), (x[200:], y[200:])
 """
 
 
@@ -269,6 +278,23 @@ def test_a_share_of_the_accuracy_is_kept(
     assert values is not None
     assert float(values[1]) >= 0.9 * float(values[2])
     assert load(folder / "small.safetensors")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_a_regression_goes_the_whole_way(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = "--data models.py:measured"
+    compressed = f"compress models.py:regression {data} --fisher --budget parameters=0.8"
+    assert weft(monkeypatch, f"{compressed} --epochs 1 -o small.safetensors") == 0
+    tuned = f"finetune small.safetensors {data} --validation 0.2 --epochs 30 --learning-rate 1e-2"
+    assert weft(monkeypatch, f"{tuned} -o tuned.safetensors") == 0
+    assert "R² on the 20% held out: 0.9" in capsys.readouterr().out
+    assert weft(monkeypatch, f"evaluate tuned.safetensors {data} --batches 1 -o run.json") == 0
+    assert json.loads((folder / "run.json").read_text())["measurement"]["metric"] == "R²"
+    assert (
+        weft(monkeypatch, f"compress models.py:regression {data} --budget keep=0.9 -o kept.safetensors") == 0
+    )
+    assert "R² on the half of the test data" in capsys.readouterr().out
 
 
 def test_export_is_checked_in_onnxruntime(

@@ -31,6 +31,8 @@ from weft.measure import (
     logits_of,
     network_cost,
     peak_activations,
+    quality,
+    r_squared,
     repeat_to,
     threads,
     time_alternating,
@@ -121,6 +123,51 @@ def test_data_without_fitting_labels_are_refused(batch: Any, error: type[Excepti
     with pytest.raises(error, match=message):
         accuracy(model, [batch])
     assert model.training
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 5), (8, 3, 5, 4), (8, 3, 2, 4, 5)], ids=str)
+def test_classes_on_axis_1_are_taken_as_torchs_losses_take_them(shape: tuple[int, ...]) -> None:
+    scores = torch.randn(shape)
+    labels = scores.argmax(1)
+    labels[0] = (labels[0] + 1) % 3
+    assert accuracy(Argmax(), [(scores, labels)]) == pytest.approx(7 / 8)
+    last = scores.movedim(1, -1).contiguous()
+    assert accuracy(Argmax(), [(last, labels)]) == pytest.approx(7 / 8)
+
+
+@given(st.integers(1, 4), st.floats(-1e4, 1e4), st.integers(0, 100))
+@settings(deadline=None, max_examples=30)
+def test_r_squared_is_that_of_the_definition_in_any_batches(size: int, offset: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(23, 3, generator=generator)
+    y = x @ torch.randn(3, 2, generator=generator) + 0.3 * torch.randn(23, 2, generator=generator) + offset
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.bias += offset
+        error = (y.double() - model(x).double()).square().sum()
+    expected = float(1 - error / (y.double() - y.double().mean(0)).square().sum())
+    batches = list(zip(x.split(size), y.split(size), strict=True))
+    assert r_squared(model, batches) == pytest.approx(expected, rel=1e-6)
+    assert quality(model, batches) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_has_no_r_squared_is_refused() -> None:
+    x = torch.randn(6, 3)
+    one = nn.Linear(3, 1)
+    assert r_squared(one, [(x, one(x).detach().squeeze(1))]) == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"floating targets must be of shape \(6, 4\), got \(6,\)"):
+        r_squared(nn.Linear(3, 4), [(x, torch.randn(6))])
+    with pytest.raises(ValueError, match="targets must be of different values, got all equal"):
+        r_squared(one, [(x, torch.ones(6))])
+    for empty in ([], [(x[:0], torch.randn(0))]):
+        with pytest.raises(ValueError, match="must be"):
+            quality(one, empty)
+
+
+def test_scores_are_found_by_their_name_in_a_dictionary() -> None:
+    scores, hidden = torch.randn(2, 3), torch.randn(2, 9)
+    assert logits_of({"hidden": hidden, "logits": scores}) is scores
+    assert logits_of({"hidden": hidden}) is hidden
 
 
 def test_nan_among_the_scores_is_never_right() -> None:

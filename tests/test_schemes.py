@@ -368,8 +368,45 @@ def test_a_loss_of_ones_own_takes_targets_that_are_no_labels() -> None:
     batches = [(torch.randn(9, 6), torch.randn(9, 2))]
     log = fine_tune(student, batches, loss=F.mse_loss, epochs=20, learning_rate=1e-1).log
     assert log[-1]["loss"] < log[0]["loss"]
-    with pytest.raises(TypeError, match="labels must be integers, got torch.float32"):
-        fine_tune(student, batches)
+    with pytest.raises(ValueError, match=r"floating targets must be of shape \(9, 2\), got \(9,\)"):
+        fine_tune(student, [(batches[0][0], torch.randn(9))])
+
+
+def test_regressions_learn_from_targets_and_teachers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    for outputs in (1, 3):
+        teacher, student = nn.Linear(6, outputs), nn.Linear(6, outputs)
+        y = teacher(x).detach() + 0.1
+        target, own = teacher(x).detach(), student(x).detach()
+        relative = float((own - target).square().sum() / target.square().sum())
+        squared = float((own - y).square().mean())
+        log = fine_tune(student, [(x, y)]).log
+        assert log[0]["loss"] == pytest.approx(squared, rel=1e-5)
+        for batch in (x, (x, y)) if outputs == 1 else ((x, y),):
+            log = fine_tune(student, [batch], teacher=teacher, epochs=200, learning_rate=1e-1).log
+            assert log[0]["loss"] == pytest.approx(relative, rel=1e-5)
+            assert log[-1]["loss"] < 1e-2 * relative
+        log = fine_tune(student, [(x, y)], teacher=teacher, label_share=0.25, validation=[(x, y)]).log
+        assert log[0]["loss"] == pytest.approx(0.75 * relative + 0.25 * squared, rel=1e-5)
+        assert log[-1]["metric"] < 1
+
+
+def test_the_classes_of_images_are_on_axis_1_for_labels_and_teachers() -> None:
+    torch.manual_seed(0)
+    teacher, student = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1)
+    x = torch.randn(3, 2, 5, 6)
+    target, own = teacher(x).detach(), student(x).detach()
+    labels = target.argmax(1)
+    log = fine_tune(student, [(x, labels)]).log
+    assert log[0]["loss"] == pytest.approx(float(F.cross_entropy(own, labels)), rel=1e-5)
+    wanted = F.kl_div(
+        (own / 2).log_softmax(1), (target / 2).log_softmax(1), log_target=True, reduction="none"
+    )
+    expected = float(4 * wanted.sum(1).mean())
+    for batch in (x, (x, labels)):
+        log = fine_tune(student, [batch], teacher=teacher).log
+        assert log[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_learning_rate_falls_by_a_half_cosine_and_the_optimiser_may_be_ones_own() -> None:

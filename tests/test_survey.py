@@ -531,6 +531,29 @@ def test_many_drawn_labels_give_the_fisher_matrix_of_the_softmax() -> None:
     torch.testing.assert_close(found.layers["0"].output_gram.moment, expected, rtol=0.2, atol=0.02)
 
 
+def test_a_teacher_of_one_output_counts_by_its_square() -> None:
+    """Softmax over one number knows nothing: its Fisher information would be zero everywhere."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+    x = torch.randn(40, 6)
+    by_teacher = survey_of(model, [x], teacher=model, generator=torch.Generator().manual_seed(3))
+    squared = survey_of(model, [x], loss="squared", generator=torch.Generator().manual_seed(3))
+    for name, layer in by_teacher.layers.items():
+        assert torch.equal(layer.output_gram.moment, squared.layers[name].output_gram.moment)
+        assert layer.output_gram.moment.abs().sum() > 0
+
+
+def test_labels_of_images_are_drawn_from_the_classes_on_axis_1() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(2, 3, 1, bias=False), torch.randn(4, 2, 5, 6)
+    found = survey_of(model, [x], teacher=model, generator=torch.Generator().manual_seed(5), shrinkage=0.0)
+    flat = model(x).detach().movedim(1, -1).reshape(-1, 3).softmax(-1)
+    labels = torch.multinomial(flat, 1, generator=torch.Generator().manual_seed(5)).squeeze(1)
+    gradients = (flat - F.one_hot(labels, 3)).double()
+    expected = gradients.T @ gradients / len(gradients)
+    torch.testing.assert_close(found.layers[""].output_gram.moment, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_another_teacher_may_stand_beside_the_model(mixed: nn.Module) -> None:
     teacher = copy.deepcopy(mixed).train()
     before = snapshot(teacher)

@@ -25,7 +25,7 @@ from weft.export.onnx import check_onnx, export_onnx
 from weft.export.torch_export import export_torch
 from weft.kernels import route
 from weft.layers.base import StructuredLayer
-from weft.measure import accuracy
+from weft.measure import quality, quality_name
 from weft.plan.advice import Advice, advise
 from weft.plan.allocate import METHODS, allocate
 from weft.plan.budget import COSTS, Budget, Price
@@ -640,7 +640,8 @@ def finetune_command(
     metrics = [entry["metric"] for entry in entries if "metric" in entry]
     if metrics:
         best = max(metrics) if patience else metrics[-1]
-        console.print(f"accuracy on the {validation:.0%} held out: {best:.4f}", highlight=False)
+        name = quality_name(next(iter(held_out or [])))
+        console.print(f"{name} on the {validation:.0%} held out: {best:.4f}", highlight=False)
     asked, commands = _history(file)
     origin = {"source": source, "weights": weights_file, "commands": [*commands, _command()]}
     asked = f"{asked or file.name}; {_counted(epochs, 'epoch')} of fine-tuning"
@@ -963,7 +964,13 @@ def _survey(
             raise ValueError(checks.fault("--data", "given with --fisher", "none", "add --data"))
         return survey(network)
     batches = data.inputs("calibration", batch_size=batch_size, limit=samples)
-    return survey(network, batches, teacher=network if fisher else None, **options)
+    if not fisher:
+        return survey(network, batches, **options)
+    # Outputs of a regression are no scores of classes.
+    first = next(iter(data.batches("train", batch_size=1, limit=1)))
+    regression = first[1] is not None and quality_name(first) == "R²"
+    metric: dict[str, Any] = {"loss": "squared"} if regression else {"teacher": network}
+    return survey(network, batches, **metric, **options)
 
 
 @dataclass(frozen=True)
@@ -1065,15 +1072,16 @@ class _Planner:
             self.found,
             options.families,
             limits,
-            evaluate=lambda network: accuracy(network, seen, shown=False),
+            evaluate=lambda network: quality(network, seen, shown=False),
             batches=self.data.inputs("calibration", batch_size=options.batch_size, limit=samples),
             sequential=sequential,
             **options.workers.pool(1),
             **self._prepare(limits),
         )
-        values = [accuracy(network, unseen, shown=False) for network in (self.network, found.model)]
+        values = [quality(network, unseen, shown=False) for network in (self.network, found.model)]
+        name = quality_name(next(iter(seen)))
         console.print(
-            f"accuracy on the half of the test data that the search saw: {found.value:.4f} of "
+            f"{name} on the half of the test data that the search saw: {found.value:.4f} of "
             f"{found.dense_value:.4f}; on the other half: {values[1]:.4f} of {values[0]:.4f}",
             highlight=False,
         )

@@ -220,7 +220,7 @@ def evaluating(model: nn.Module) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The scores in a model's output: the tensor itself, its field `logits`, or the first tensor in it.
+    """The scores in a model's output: the tensor itself, its field or entry `logits`, or its first tensor.
 
     Args:
         output: what a model returned.
@@ -235,6 +235,8 @@ def logits_of(output: Any) -> Tensor:
         return output
     if isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"]
     values = (
         output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
     )
@@ -247,8 +249,119 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
+def class_scores(scores: Tensor, labels: Tensor | None = None) -> Tensor:
+    """A classifier's scores with the classes on the last axis.
+
+    torch's own losses have the classes of images and sequences on axis 1, language models on the last one.
+
+    Args:
+        scores: shape (*batch, classes), or (batch, classes, *space).
+        labels: class numbers, shape (*batch,) or (batch, *space), which tell the two apart; without them two
+            axes of space or more mean the second.
+
+    Returns:
+        Shape (*batch, classes) or (batch, *space, classes).
+    """
+    in_space = scores.ndim > 3
+    if labels is not None and scores.ndim > 2:
+        fits_last = labels.shape == scores.shape[:-1]
+        in_space = not fits_last and labels.shape == (scores.shape[0], *scores.shape[2:])
+    return scores.movedim(1, -1) if in_space else scores
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Metrics
+
+
+def quality(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | None = None) -> float:
+    """The metric where none is named: top-1 accuracy for integer labels, R² for floating targets.
+
+    Args:
+        model: the network; run in evaluation mode.
+        data: pairs of inputs and labels.
+        shown: whether to draw a progress bar; where None, only on a terminal.
+
+    Returns:
+        Larger is better; `quality_name` says which it is.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    batches = iter(track(data, "evaluating", shown=shown))
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(checks.fault("data", "not empty", "no samples", "pass at least one batch"))
+    metric = r_squared if quality_name(first) == "R²" else accuracy
+    return metric(model, itertools.chain([first], batches), shown=False)
+
+
+def quality_name(batch: Sequence[Any]) -> str:
+    """What `quality` is for data of this kind.
+
+    Args:
+        batch: inputs and labels.
+
+    Returns:
+        "accuracy" or "R²".
+    """
+    return "R²" if paired(batch)[1].is_floating_point() else "accuracy"
+
+
+def r_squared(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | None = None) -> float:
+    """The share of the targets' variance that a regression explains: 1 − Σ‖y − ŷ‖² / Σ‖y − mean(y)‖².
+
+    Args:
+        model: the network; run in evaluation mode.
+        data: pairs of inputs and floating targets, one number per output.
+        shown: whether to draw a progress bar; where None, only on a terminal.
+
+    Returns:
+        At most 1; 0 is what the mean target reaches, NaN what an output that is no number makes of it.
+
+    Raises:
+        ValueError: there are no batches, all targets are equal, or they and the outputs do not match.
+    """
+    lost = 0.0
+    count, mean, spread = 0, torch.zeros(()), torch.zeros(())
+    device = device_of(model)
+    with evaluating(model), torch.no_grad():
+        for batch in track(data, "evaluating", shown=shown):
+            given, targets = paired(batch)
+            output = logits_of(call_checked(model, to_device(given, device), "data")).double().cpu()
+            targets = matched(targets.double().cpu(), output)
+            lost += float((targets - output).square().sum())
+            # Moved by what the batch tells, as sums of squares lose the digits of large means.
+            own, own_count = targets.mean(0), len(targets)
+            spread = spread + (targets - own).square().sum(0)
+            spread = spread + (own - mean).square() * (count * own_count / max(1, count + own_count))
+            mean = mean + (own - mean) * (own_count / max(1, count + own_count))
+            count += own_count
+    whole = float(spread.sum())
+    if not whole > 0:
+        got = "all equal" if count else "none"
+        raise ValueError(checks.fault("targets", "of different values", got, "pass more samples"))
+    return 1 - lost / whole
+
+
+def matched(targets: Tensor, output: Tensor) -> Tensor:
+    """Targets of a regression in the shape of what the network gives, which may have an axis of one more.
+
+    Args:
+        targets: floating.
+        output: the network's.
+
+    Returns:
+        The targets, in the output's shape.
+
+    Raises:
+        ValueError: the shapes differ in more than axes of one.
+    """
+    counts = [[len(one), *(size for size in one.shape[1:] if size > 1)] for one in (targets, output)]
+    if counts[0] != counts[1]:
+        remedy = "give one number per output, or class numbers as integers"
+        expected = f"of shape {tuple(output.shape)}"
+        raise ValueError(checks.fault("floating targets", expected, tuple(targets.shape), remedy))
+    return targets.reshape(output.shape)
 
 
 def accuracy(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | None = None) -> float:
@@ -256,8 +369,8 @@ def accuracy(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | N
 
     Args:
         model: the network; run in evaluation mode.
-        data: pairs of inputs and integer labels (anything else is a TypeError); labels of any shape that
-            matches the scores without their last axis.
+        data: pairs of inputs and integer labels (anything else is a TypeError); labels of the shape of the
+            scores without their last axis, or without axis 1 as torch's losses have it.
         shown: whether to draw a progress bar; where None, only on a terminal.
 
     Returns:
@@ -271,7 +384,7 @@ def accuracy(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | N
     with evaluating(model), torch.no_grad():
         for batch in track(data, "evaluating", shown=shown):
             given, labels = labelled(batch)
-            scores = logits_of(call_checked(model, to_device(given, device), "data"))
+            scores = class_scores(logits_of(call_checked(model, to_device(given, device), "data")), labels)
             if labels.shape != scores.shape[:-1]:
                 remedy = "one label per score vector"
                 raise ValueError(

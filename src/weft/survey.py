@@ -24,6 +24,7 @@ from weft.measure import (
     batch_size,
     call,
     call_checked,
+    class_scores,
     device_of,
     evaluating,
     logits_of,
@@ -731,7 +732,7 @@ def survey(
             from what it was (Gauss-Newton, by random directions of the output), for networks whose outputs
             are no scores of classes, such as embeddings.
         teacher: gives output Grams without labels: labels are drawn from its softmax (Fisher); usually the
-            model.
+            model. An output of one number is no score of classes and counts as with "squared".
         shrinkage: the ridge of all Grams in units of the mean diagonal.
         gram_memory: bytes of memory for all Grams together; those beyond it live in files that are mapped.
         spill: the folder for these files, removed with their Grams: worker processes then map them as well
@@ -894,7 +895,7 @@ def _with_moments(
                 batch = to_device(batch, device_of(model))
                 output = call_checked(model, batch)
                 if backward:
-                    if loss == "squared":
+                    if loss == "squared" or (loss is None and logits_of(output).shape[-1] == 1):
                         value = _along_random_direction(output, generator) / size
                     elif loss is not None:
                         value = loss(output, batch)
@@ -955,9 +956,9 @@ def _along_random_direction(output: Any, generator: torch.Generator) -> Tensor:
 
 def _drawn_label_loss(output: Any, teacher_output: Any, generator: torch.Generator) -> Tensor:
     """Cross-entropy with labels drawn from the teacher; its gradients' second moment is the Fisher matrix."""
-    scores = logits_of(output)
+    scores = class_scores(logits_of(output))
     flat = scores.reshape(-1, scores.shape[-1])
-    chances = logits_of(teacher_output).detach().reshape(flat.shape).float().softmax(-1).cpu()
+    chances = class_scores(logits_of(teacher_output)).detach().reshape(flat.shape).float().softmax(-1).cpu()
     labels = torch.multinomial(chances, 1, generator=generator).squeeze(1).to(flat.device)
     per_sample = flat.shape[0] / max(1, scores.shape[0])
     return F.cross_entropy(flat.float(), labels) * per_sample

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from weft import checks
-from weft.measure import Batch, device_of, evaluating, logits_of, to_device
+from weft.measure import Batch, class_scores, device_of, evaluating, logits_of, to_device
 from weft.numerics.gram import squared_error
 from weft.plan.error_curves import undominated
 from weft.progress import track
@@ -118,13 +118,14 @@ def kullback_leibler_divergence(output: Tensor, reference: Tensor) -> Tensor:
     """The divergence of the softmax of two networks' scores: the loss of a classifier that copies the other.
 
     Args:
-        output: the changed network's scores, shape (..., classes).
+        output: the changed network's scores, shape (..., classes), or (batch, classes, *space) with two axes
+            of space or more.
         reference: the dense network's.
 
     Returns:
         A scalar, the mean over all score vectors.
     """
-    ours, theirs = output.log_softmax(-1), reference.log_softmax(-1)
+    ours, theirs = (class_scores(scores).log_softmax(-1) for scores in (output, reference))
     return (theirs.exp() * (theirs - ours)).sum(-1).mean()
 
 

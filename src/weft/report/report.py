@@ -18,7 +18,6 @@ from weft.measure import (
     Measurement,
     Metric,
     Timing,
-    accuracy,
     batch_size,
     check_repeatable,
     environment,
@@ -27,6 +26,8 @@ from weft.measure import (
     layer_rows,
     network_cost,
     peak_activations,
+    quality,
+    quality_name,
 )
 from weft.report.page import render_comparison, render_page
 from weft.storage import read_json, write_text
@@ -253,7 +254,8 @@ def measure(
         small: the compressed network.
         against: the dense one.
         data: held-out batches of (inputs, labels), not an iterator that is used up after one pass.
-        metric: takes a model and the data, larger is better; top-1 accuracy where None.
+        metric: takes a model and the data, larger is better; where None top-1 accuracy, or R² where the
+            labels are floating.
         metric_name: its name in tables; the function's own where None.
         batches: batch sizes for the latency.
         thread_counts: torch's thread counts; the current one where None.
@@ -284,9 +286,9 @@ def measure(
     if metric is None:
 
         def evaluate(model: nn.Module) -> float:
-            return accuracy(model, data, shown=shown)
+            return quality(model, data, shown=shown)
 
-        name = "accuracy"
+        name = quality_name(first)
     else:
 
         def evaluate(model: nn.Module) -> float:

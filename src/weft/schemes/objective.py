@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import checks
-from weft.measure import call, device_of, evaluating, labelled, logits_of, paired, to_device
+from weft.measure import (
+    call,
+    class_scores,
+    device_of,
+    evaluating,
+    labelled,
+    logits_of,
+    matched,
+    paired,
+    to_device,
+)
 
 _IGNORED = -100  # the label that torch's cross-entropy passes over
 
@@ -24,12 +34,16 @@ class Objective:
         (1 − α) τ² KL(softmax(t/τ) ‖ softmax(s/τ)) + α loss(s, labels) + β mean_f ‖f_s − f_t‖² / ‖f_t‖²,
 
     the last term over the outputs f of the modules named in `features`. Without a teacher it is the loss on
-    labels alone.
+    labels alone. Classes are on the last axis, or on axis 1 where labels or two axes of space say so.
+
+    Of a regression, whose labels are floating or whose output is one number, softmax makes nothing: there the
+    first term is (1 − α) ‖s − t‖² / ‖t‖², and the loss on labels the mean squared error.
 
     Args:
         label_share: α, with a teacher and labels; at 0 no labels are needed.
         temperature: τ, softens the teacher's and the student's scores.
-        loss: takes scores and labels and gives the mean loss; cross-entropy where None.
+        loss: takes scores and labels and gives the mean loss; where None cross-entropy, or the mean squared
+            error for floating labels.
         features: names of modules, the same in student and teacher, whose outputs shall agree.
         feature_weight: β.
 
@@ -96,13 +110,17 @@ class Objective:
             scores = logits_of(call(called, given))
         with _recorded(teacher, self.features) as wanted, torch.no_grad(), evaluating(teacher):
             target = logits_of(call(teacher, to_device(given, device_of(teacher)))).to(scores.device)
-        loss = (1 - self.label_share) * self._divergence(scores, target)
+        loss = (1 - self.label_share) * self._divergence(scores, target, _labels_of(batch))
         if self.label_share:
             loss = loss + self.label_share * self._label_loss(scores, self._split(batch)[1])
         distances = [_distance(own[name], wanted[name]) for name in self.features]
         return loss + self.feature_weight * torch.stack(distances).mean() if distances else loss
 
-    def _divergence(self, scores: Tensor, target: Tensor) -> Tensor:
+    def _divergence(self, scores: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
+        floating = labels is not None and labels.is_floating_point()
+        if floating or scores.ndim < 2 or scores.shape[-1] == 1:
+            return _distance(scores, target)
+        scores, target = (class_scores(one, labels) for one in (scores, target))
         loss = F.kl_div(
             (scores / self.temperature).log_softmax(-1).flatten(0, -2),
             (target / self.temperature).log_softmax(-1).flatten(0, -2),
@@ -112,12 +130,16 @@ class Objective:
         return loss * self.temperature**2  # keeps the gradient's size whatever the temperature
 
     def _split(self, batch: Any) -> tuple[Any, Tensor]:
-        """Inputs and labels; a loss of the user's own takes labels of any dtype."""
-        return labelled(batch) if self.loss is None else paired(batch)
+        """Inputs and labels; those of classes as torch's loss takes them."""
+        given, labels = paired(batch)
+        return (given, labels) if self.loss is not None or labels.is_floating_point() else labelled(batch)
 
     def _label_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         if self.loss is not None:
             return self.loss(scores, labels)
+        if labels.is_floating_point():
+            return F.mse_loss(scores, matched(labels, scores).to(scores))
+        scores = class_scores(scores, labels)
         flat = labels.flatten()
         meant = flat[flat != _IGNORED]
         if meant.numel() and (int(meant.min()) < 0 or int(meant.max()) >= scores.shape[-1]):
@@ -126,6 +148,12 @@ class Objective:
             remedy = "check that data and model have the same classes"
             raise ValueError(checks.fault("labels", expected, got, remedy))
         return F.cross_entropy(scores.flatten(0, -2), flat)
+
+
+def _labels_of(batch: Any) -> Tensor | None:
+    """A batch's labels, where it has some."""
+    pair = isinstance(batch, list | tuple) and len(batch) == 2
+    return batch[1] if pair and isinstance(batch[1], Tensor) else None
 
 
 def inputs_of(batch: Any) -> Any:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from weft import checks
 from weft.layers.base import StructuredLayer
-from weft.measure import accuracy, batch_size, call, check_repeatable, device_of, evaluating, to_device
+from weft.measure import batch_size, call, check_repeatable, device_of, evaluating, quality, to_device
 from weft.progress import track
 from weft.schemes.checkpoint import Checkpoint, described
 from weft.schemes.data_order import order_of, restore_order
@@ -162,8 +162,8 @@ class Training:
             teacher: the network to learn from.
             penalty: is added to the loss of every step; its gradient flows into the network.
             after_step: is called with the network after every step, before the step's checkpoint.
-            validation: held-out (inputs, labels) batches for the accuracy after every epoch, or a function
-                that gives a network's metric, larger is better.
+            validation: held-out (inputs, labels) batches for the accuracy (of floating labels R²) after every
+                epoch, or a function that gives a network's metric, larger is better.
             log: gets the entries; it may hold those of earlier stages. That of the checkpoint where None.
             checkpoint: where the state is kept. If it holds the state of this very training, that goes on
                 from there.
@@ -213,12 +213,12 @@ def metric_of(validation: Validation | None) -> Metric | None:
         validation: held-out (inputs, labels) batches, iterable more than once; a function; or None.
 
     Returns:
-        The accuracy on the batches, or the function.
+        The accuracy (of floating labels R²) on the batches, or the function.
     """
     if validation is None or callable(validation):
         return validation
     check_repeatable("validation", validation)
-    return lambda model: accuracy(model, validation, shown=False)
+    return lambda model: quality(model, validation, shown=False)
 
 
 def trainable(model: nn.Module) -> Parameters:

@@ -204,7 +204,7 @@ def load_data(source: str) -> Data:
     joined by commas: `cifar10:DIR?mean=0.485,0.456,0.406&std=0.229,0.224,0.225`. Where a part is held out
     here, `held_out` is its share: 1 makes everything the test part, 0 nothing.
 
-    Labels must be integers from 0 on, inputs finite, no part empty.
+    Labels must be integers from 0 on, or floating for a regression, inputs finite, no part empty.
 
     Args:
         source: where the data comes from.

@@ -181,7 +181,8 @@ class TensorSplit(IndexedSplit):
 
     Args:
         inputs: the examples, shape (examples, *input); floating ones must be finite.
-        targets: their labels, integers of shape (examples, ...); None where there are none.
+        targets: their labels, integers of shape (examples, ...), or a regression's floating targets; None
+            where there are none.
         scaling: how unsigned bytes become numbers; other integers stay what they are (token numbers),
             floating inputs are read in torch's default type.
         name: what the split is called in errors.
@@ -204,7 +205,7 @@ class TensorSplit(IndexedSplit):
             checks.finite(f"inputs of {name}", inputs)
         if targets is not None:
             _check_targets(name, targets, len(inputs))
-            targets = targets.long()
+            targets = targets.to(torch.get_default_dtype()) if targets.is_floating_point() else targets.long()
         if scaling is not None:
             scaling.check(name, inputs)
         self.inputs = inputs
@@ -605,16 +606,17 @@ def _checked(name: str, batch: Any) -> Batch:
 
 def _check_targets(name: str, targets: Tensor, count: int) -> None:
     argument = f"labels of {name}"
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise TypeError(
-            fault(argument, "integers", targets.dtype, "convert them, e.g. with .astype('int64')")
-        )
+    if targets.is_complex() or targets.dtype == torch.bool:
+        expected = "integers, or floating for a regression"
+        raise TypeError(fault(argument, expected, targets.dtype, "convert them, e.g. with .astype('int64')"))
+    if targets.is_floating_point():
+        checks.finite(argument, targets)
     if targets.ndim == 0 or len(targets) != count:
         expected = f"one for each of the {count} inputs"
         raise ValueError(
             fault(argument, expected, f"shape {tuple(targets.shape)}", "give as many labels as inputs")
         )
-    if targets.ndim == 1 and int(targets.min()) < 0:
+    if targets.ndim == 1 and not targets.is_floating_point() and int(targets.min()) < 0:
         remedy = "number the classes from 0 on; a hidden test part has no labels to compare with"
         raise ValueError(fault(argument, "class numbers from 0 on", int(targets.min()), remedy))
 
