@@ -167,6 +167,19 @@ def test_squeeze_keeps_a_trained_networks_accuracy_at_a_quarter_of_its_bytes(
     assert report.value > dense - 0.02
 
 
+def test_squeeze_takes_every_kind_of_budget(
+    digits: tuple[nn.Module, list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]],
+) -> None:
+    model, train, test = digits
+    small, report = weft.squeeze(model, train, held_out=test, keep=0.95)
+    assert report.cost.bytes < 0.8 * report.dense_cost.bytes
+    assert accuracy(small, train) >= 0.95 * accuracy(model, train)
+    _, report = weft.squeeze(model, train, held_out=test, peak_memory=0.8)
+    assert report.footprint.memory < report.dense_footprint.memory
+    with pytest.raises(ValueError, match=r"budget latency must be at least .* s, the smallest"):
+        weft.squeeze(model, train, latency_seconds=1e-9)
+
+
 def test_output_grams_help_a_trained_network(
     digits: tuple[nn.Module, list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]],
 ) -> None:

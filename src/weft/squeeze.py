@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from weft.measure import check_repeatable, inputs
+from weft.measure import check_repeatable, inputs, quality
 from weft.plan.allocate import allocate
 from weft.plan.budget import Budget
+from weft.plan.latency import LatencyTable
+from weft.plan.memory import MemoryTable
 from weft.report.report import Report, measure
 from weft.schemes.direct import compress
 from weft.schemes.fine_tune import fine_tune
+from weft.schemes.search import search
 from weft.structures.base import Structure
 from weft.survey import survey
 
@@ -32,14 +35,15 @@ def squeeze(
     Args:
         model: the dense network; it is not changed.
         data: (inputs, labels) batches that can be iterated several times (else a TypeError): calibration,
-            training, and, without `held_out`, the reported metric.
+            training, what a budget that keeps is searched on, and, without `held_out`, the reported metric.
         held_out: (inputs, labels) batches for the report.
         families: "all", names, or classes. Low rank gives its whole error curve from one factorisation; other
             families fit every size of every layer, which takes minutes per million parameters.
         epochs: passes of fine-tuning over `data` with the dense network as teacher; 0 for none.
         learning_rate: of the fine-tuning.
         shown: whether to draw progress bars; where None, only on a terminal.
-        **budget: the limits of `weft.Budget`, such as `bytes=0.25`.
+        **budget: the limits of `weft.Budget`, such as `bytes=0.25` or `keep=0.99`; one on latency is that of
+            single samples with the current number of threads.
 
     Returns:
         The compressed network and its report.
@@ -63,8 +67,23 @@ def squeeze(
         if batches is not None:
             check_repeatable(argument, batches)
     found = survey(model, inputs(data), shown=shown)
-    plan = allocate(found, families, limits, shown=shown)
-    small, _ = compress(model, plan, found, batches=inputs(data), shown=shown)
+    sample = next(iter(inputs(data)))
+    tables: dict[str, Any] = {}
+    if limits.latency is not None or limits.latency_seconds is not None:
+        tables["latency"] = LatencyTable(model, found, sample)
+    if limits.peak_memory is not None:
+        tables["memory"] = MemoryTable(model, found, sample)
+    if limits.keep is None:
+        plan = allocate(found, families, limits, shown=shown, **tables)
+        small, _ = compress(model, plan, found, batches=inputs(data), shown=shown)
+    else:
+
+        def evaluate(network: nn.Module) -> float:
+            return quality(network, data, shown=False)
+
+        small = search(
+            model, found, families, limits, evaluate=evaluate, batches=inputs(data), shown=shown, **tables
+        ).model
     if epochs:
         small, _ = fine_tune(
             small, data, teacher=model, epochs=epochs, learning_rate=learning_rate, shown=shown

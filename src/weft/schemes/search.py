@@ -139,7 +139,9 @@ def search(
         limits = dict(others)
         if share is not None:
             given = limits.get(minimise, 1.0)
-            limits[minimise] = min(share, given) if isinstance(given, float) else share
+            absolute = not isinstance(given, float) and given != 1
+            most = given / getattr(survey.total, minimise) if absolute else given
+            limits[minimise] = min(share, most)
         try:
             plan = allocate(
                 survey,
