@@ -24,6 +24,7 @@ from weft.schemes.training import Training
 from weft.structures.base import Structure, relative_error
 from weft.structures.dense import Dense
 from weft.structures.low_rank import LowRank
+from weft.structures.quantized import Quantized
 from weft.survey import find_layers, patches
 
 
@@ -611,6 +612,25 @@ def test_sequential_fitting_needs_batches_more_than_once() -> None:
         compress(model, PLAN, batches=iter([images()]), sequential=True)
 
 
+@pytest.mark.parametrize("structure", [LowRank(5), Quantized(4)], ids=str)
+def test_autocast_around_changes_no_fit(structure: Structure) -> None:
+    """Products in half precision are for the network that the caller runs, not for sums and fits."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(40, 30), torch.randn(64, 40)
+    plain = weft.survey(model, [x])
+    expected = compress(model, {"": structure}, plain).model.matrix.to_dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = weft.survey(model, [x])
+        assert torch.equal(found.layers[""].input_gram.moment, plain.layers[""].input_gram.moment)
+        small = compress(model, {"": structure}, found).model
+        plan = weft.allocate(found, [type(structure)], Budget(bytes=0.5))
+    assert torch.equal(small.matrix.to_dense(), expected)
+    assert (
+        plan.expected[""].error
+        == weft.allocate(plain, [type(structure)], Budget(bytes=0.5)).expected[""].error
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Search
 
@@ -646,6 +666,22 @@ def test_a_search_keeps_its_promise_and_is_smaller(minimise: str) -> None:
     assert min(enough) == enough[-1]
     missed = [step["share"] for step in result.log if not step["enough"]]
     assert max(missed, default=0) == pytest.approx(min(enough), abs=2**-6)
+
+
+def test_a_search_holds_absolute_limits_on_what_it_minimises() -> None:
+    """With a loose promise every share down to the smallest is tried: none may exceed the other limit."""
+    model, data = classifier()
+    found = weft.survey(model, [data[0][0]])
+    limit = round(0.6 * found.total.bytes)
+    costs: list[int] = []
+
+    def evaluate(network: nn.Module) -> float:
+        costs.append(network_cost(network).bytes)
+        return 1.0 if costs[-1] > 0.55 * found.total.bytes else 0.1
+
+    result = search(model, found, "LowRank", Budget(keep=0.9, bytes=limit), evaluate=evaluate)
+    assert max(costs[1:]) <= limit
+    assert network_cost(result.model).bytes <= limit
 
 
 def test_what_cannot_be_made_smaller_stays_dense() -> None:

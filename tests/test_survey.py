@@ -232,6 +232,24 @@ def test_what_stays_dense_says_why() -> None:
         assert reason in left_dense[name]
 
 
+def test_what_is_no_network_of_layers_says_what_to_pass() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    program = torch.export.export(model, (x,))
+    remedy = "pass the Python module that it was made of"
+    for made in (torch.jit.trace(model, x), program.module()):
+        with pytest.raises(ValueError, match=f"scripted, traced or exported; {remedy}"):
+            survey_of(made, [x])
+    for nothing in (program, model.state_dict()):
+        with pytest.raises(
+            TypeError, match=f"model must be an nn.Module, got {type(nothing).__name__}; pass"
+        ):
+            survey_of(nothing, [x])
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"weight of layer 0 must be loaded, got none \(meta\); load its"):
+        survey_of(empty)
+
+
 def test_a_transformer_layer_offers_its_two_linear_layers() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     found = survey_of(model, [torch.randn(3, 5, 8)])
@@ -702,7 +720,7 @@ def test_matrices_that_belong_to_no_layer_are_named() -> None:
 
 
 def test_what_is_no_network_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 'resnet18'; pass the network"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str; pass the network"):
         weft.survey("resnet18")
 
 

@@ -32,7 +32,7 @@ from weft.measure import (
     slow_attention_path,
     to_device,
 )
-from weft.numerics.gram import DEFAULT_SHRINKAGE, MomentFile, add_products, alone, mapped
+from weft.numerics.gram import DEFAULT_SHRINKAGE, MomentFile, add_products, alone, full_precision, mapped
 from weft.progress import track
 from weft.storage import read_json, write_beside, write_text
 from weft.structures.base import (
@@ -567,6 +567,7 @@ class _Moments:
         self.applications = 0  # those of the kernel: fewer than vectors where it is transposed
         self.input_size: tuple[int, ...] | None = None
 
+    @full_precision()
     def add_input(self, x: Tensor, geometry: Geometry | None) -> None:
         """Adds a layer's input; layers that share the weight may have other strides or dilations."""
         shape = self.layer.shape
@@ -609,9 +610,11 @@ class _Moments:
             self.vectors += indices.numel()
             self.applications += indices.numel()
 
+    @full_precision()
     def add_output(self, y: Tensor) -> None:
         self.output_sum += self._as_rows(y.detach()).to(torch.float64).sum(0).cpu()
 
+    @full_precision()
     def add_output_gradient(self, gradient: Tensor, samples: int) -> None:
         rows = self._as_rows(gradient.detach()).float() * samples  # from the mean loss to each sample's own
         if self.lookups is not None:  # an embedding's output is a row: its entries are the weight's columns
@@ -762,14 +765,22 @@ def survey(
     if batches is None and (loss is not None or teacher is not None):
         raise ValueError(checks.fault("batches", "given with loss or teacher", None, "pass calibration data"))
     if not isinstance(model, nn.Module):
-        raise TypeError(checks.fault("model", "an nn.Module", repr(model), "pass the network itself"))
+        remedy = "pass the network itself, its weights loaded"
+        raise TypeError(checks.fault("model", "an nn.Module", type(model).__name__, remedy))
     layers, left_dense = find_layers(model)
+    if not layers and isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
+        remedy = "pass the Python module that it was made of"
+        got = f"a {type(model).__name__}, scripted, traced or exported"
+        raise ValueError(checks.fault("model", "one with a layer that can be replaced", got, remedy))
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_dense.items())[:3])
         got = f"none in {type(model).__name__}" + (f" ({reasons})" if reasons else "")
         remedy = "pass a model with nn.Linear, nn.Embedding or nn.Conv layers"
         raise ValueError(checks.fault("model", "one with a layer that can be replaced", got, remedy))
     for layer in layers.values():
+        if layer.weight.is_meta:
+            remedy = "load its weights first, e.g. model.to_empty(device='cpu') and load_state_dict"
+            raise ValueError(checks.fault(f"weight of layer {layer.name}", "loaded", "none (meta)", remedy))
         checks.finite(f"weight of layer {layer.name}", layer.weight)
     if batches is None:
         return Survey(layers, left_dense, network_cost(model))

@@ -68,7 +68,10 @@ def refusal(module: nn.Module) -> str | None:
     if _computes_differently(module):
         return f"{type(module).__name__} computes in its own way"
     if "weight" not in module._parameters:  # noqa: SLF001  (tells a parameter from a computed attribute)
-        return "its weight is computed by a parametrisation; remove that first"
+        return (
+            "its weight is computed by a parametrisation; remove that first "
+            "(torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm)"
+        )
     weight = module._parameters["weight"]  # noqa: SLF001
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "it is lazy and has not seen an input yet"

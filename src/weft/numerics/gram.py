@@ -15,7 +15,8 @@ import hashlib
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +34,22 @@ _LEAST_ROW_BLOCK, _ROW_BLOCKS = 16, 32
 _SINGULAR = 1e-13
 # How many entries of a large moment are converted at a time.
 _NUMBERS_AT_A_TIME = 2**24
+
+
+@contextmanager
+def full_precision() -> Generator[None, None, None]:
+    """Computes in the dtypes that tensors have: a caller's autocast is for networks, not for sums and fits.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+            if device is not None:
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 class Gram(ABC):

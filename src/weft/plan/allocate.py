@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weft import checks
+from weft.numerics.gram import full_precision
 from weft.plan.budget import COSTS, Budget
 from weft.plan.constraints import Constraints
 from weft.plan.error_curves import error_curves, undominated
@@ -111,17 +112,18 @@ def allocate(
         None if memory is None else memory.dense_bytes,
     )
     if curves is None:
-        curves = error_curves(
-            survey,
-            chosen_families,
-            constraints=constraints,
-            costs=budget.costs(),
-            cache=cache,
-            workers=workers,
-            ray=ray,
-            worker_memory=worker_memory,
-            shown=shown,
-        )
+        with full_precision():
+            curves = error_curves(
+                survey,
+                chosen_families,
+                constraints=constraints,
+                costs=budget.costs(),
+                cache=cache,
+                workers=workers,
+                ray=ray,
+                worker_memory=worker_memory,
+                shown=shown,
+            )
     if memory is None or "peak_memory" not in limits:
         knapsacks = [_Knapsack(survey, curves, limits, sensitivity, latency)]
     else:

@@ -31,6 +31,7 @@ from weft.numerics.gram import (
     DenseGram,
     DiagonalGram,
     Gram,
+    full_precision,
     row_sizes,
     row_weights,
     squared_error,
@@ -963,7 +964,8 @@ class Structure(ABC):
     ) -> StructuredMatrix:
         """The member nearest to a weight in ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖_F.
 
-        Computed in float64 for float64 weights, else in float32; stored in the weight's dtype. A weight
+        Computed in float64 for float64 weights, else in float32, also under autocast; stored in the weight's
+        dtype. A weight
         that is not finite, a Gram or a start of another shape, and a size that is impossible for the weight
         are ValueErrors.
 
@@ -993,7 +995,7 @@ class Structure(ABC):
             checks.shape("start", start.shape, shape, "start from a member fitted to a weight of this shape")
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         dense = weight.detach().to(dtype).contiguous()
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             member = self._fit(
                 dense, input_gram=input_gram, output_gram=output_gram, start=start, generator=generator
             ).to(weight.dtype)
