@@ -59,6 +59,13 @@ def regression():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
 
+def depthwise():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.Conv2d(32, 32, 5, groups=32), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+
 def measured():
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
     y = regression()(x).detach().squeeze(1)
@@ -278,6 +285,16 @@ def test_a_share_of_the_accuracy_is_kept(
     assert values is not None
     assert float(values[1]) >= 0.9 * float(values[2])
     assert load(folder / "small.safetensors")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_a_plan_says_where_size_is_paid_for_in_multiply_adds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert weft(monkeypatch, "survey models.py:depthwise --data digits --samples 64 -o survey.json") == 0
+    assert weft(monkeypatch, "plan survey.json --budget bytes=0.6 -o plan.json") == 0
+    assert "more multiply-adds than dense: 1; where time counts too" in capsys.readouterr().out
+    assert weft(monkeypatch, "plan survey.json --budget bytes=0.8,multiply_adds=1.0 -o plan.json") == 0
+    assert "more multiply-adds than dense" not in capsys.readouterr().out
 
 
 def test_a_regression_goes_the_whole_way(

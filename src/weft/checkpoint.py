@@ -81,6 +81,8 @@ class StoredTensor:
 
 def _trim() -> None:
     """Gives freed memory back: glibc keeps blocks of up to 32 MiB, and over many layers they add up."""
+    if os.name == "nt":  # there None names no library
+        return
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if give_back is not None:
         give_back(0)

@@ -1257,6 +1257,7 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
         table.add_column(name.replace("_", "-"), justify="right")
     table.add_column("error", justify="right")
     measured = {entry["layer"]: entry for entry in log or []}
+    slower = []
     total = found.total if log is not None else plan.total  # one edited by hand has no longer the plan's
     for name, structure in plan.items():
         layer, point = found.layers[name], plan.expected.get(name)
@@ -1267,6 +1268,8 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
         dense = asdict(layer.cost)
         if log is not None and total is not None:
             total = total + Cost(*(cost.get(one, dense[one]) for one in COSTS)) - layer.cost
+        if cost.get("multiply_adds", 0) > dense["multiply_adds"] > 0:
+            slower.append(name)
         table.add_row(
             name,
             str(structure),
@@ -1275,6 +1278,9 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
             "-" if error is None else f"{error:.4f}",
         )
     console.print(table)
+    if slower:
+        hint = "where time counts too, limit multiply_adds in the budget"
+        console.print(f"more multiply-adds than dense: {', '.join(slower)}; {hint}", highlight=False)
     _print_rivals(plan)
     if total is not None:
         parts = [
