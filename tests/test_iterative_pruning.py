@@ -100,6 +100,29 @@ def test_training_keeps_supports_and_what_is_gone_stays_gone() -> None:
     assert all(bool((later <= earlier).all()) for earlier, later in itertools.pairwise(masks))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.ConvTranspose1d])
+def test_every_step_starts_from_what_the_one_before_has_trained(layer: Any, groups: int) -> None:
+    """A transposed kernel lies in memory otherwise than its structured matrix: it has to be written back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(4, 6, 3, groups=groups), nn.Flatten(), nn.LazyLinear(3))
+    x = torch.randn(16, 4, 5)
+    model(x)
+    batches = [(x, torch.randint(3, (16,)))]
+    trained: list[Tensor] = []
+
+    def validation(small: Any) -> float:
+        trained.append(small[0].matrix.to_dense().detach().clone())
+        return 0.0
+
+    last = Training(learning_rate=1e-12, optimiser="sgd")
+    IterativePruning(TRAINING, last, steps=2).run(model, {"0": Pruned(0.3)}, batches, validation=validation)
+    after_first, at_the_end = trained[0], trained[-1]
+    kept = at_the_end != 0
+    assert 0.2 < float(kept.float().mean()) < 0.4
+    torch.testing.assert_close(at_the_end[kept], after_first[kept])
+
+
 def test_the_given_network_stays_as_it_is_and_its_modes_are_kept() -> None:
     model = network().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

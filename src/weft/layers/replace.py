@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from weft import checks
@@ -38,7 +39,7 @@ def dense_weight(module: nn.Module) -> Tensor | None:
         module: any module.
 
     Returns:
-        The weight as a structured matrix would have it: the parameter itself, or its view as (outputs,
+        The weight as a structured matrix would have it: the parameter itself, or its values as (outputs,
         channels / groups, *kernel) for a transposed convolution. None where the layer cannot be replaced;
         `refusal` says why.
     """
@@ -49,6 +50,21 @@ def dense_weight(module: nn.Module) -> Tensor | None:
     if geometry is None or not geometry.transposed:
         return layer.weight
     return exchange_channels(layer.weight, geometry.groups)
+
+
+def put_dense_weight(module: nn.Module, weight: Tensor) -> None:
+    """Writes the weight of a layer that can be replaced.
+
+    Args:
+        module: the layer, changed in place.
+        weight: as `dense_weight` gives it, which may be a copy.
+    """
+    layer: Any = module
+    geometry = geometry_of_layer(module)
+    with torch.no_grad():
+        if geometry is not None and geometry.transposed:
+            weight = exchange_channels(weight, geometry.groups)
+        layer.weight.copy_(weight)
 
 
 def refusal(module: nn.Module) -> str | None:

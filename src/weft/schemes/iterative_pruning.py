@@ -16,12 +16,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from weft import checks
 from weft.layers.base import harden, relax
-from weft.layers.replace import dense_weight, replace_layer
+from weft.layers.replace import put_dense_weight, replace_layer
 from weft.measure import Batch, check_repeatable, network_cost
 from weft.plan.plan import check_plan
 from weft.schemes.checkpoint import Stages, member_from, member_state
@@ -189,10 +188,7 @@ class _Run:
         for name, layer in self.layers.items():
             structured: Any = small.get_submodule(name)
             self.members[name] = structured.matrix
-            weight = dense_weight(self.dense.get_submodule(layer.name))
-            assert weight is not None  # noqa: S101  (the survey has seen it)
-            with torch.no_grad():
-                weight.copy_(structured.matrix.to_dense())
+            put_dense_weight(self.dense.get_submodule(layer.name), structured.matrix.to_dense())
 
     def compressed(self) -> nn.Module:
         """The network with the members in place of the dense weights."""
