@@ -123,6 +123,10 @@ FAMILIES: Mapping[str, Members] = {
 # Networks and data
 
 
+class NoMember(ValueError):
+    """A family's smallest member is larger than was asked for."""
+
+
 class Task:
     """A network, the layers of it that get structure, and its data.
 
@@ -159,7 +163,7 @@ class Task:
     def _nearest(self, family: str, share: float, layer: LayerSurvey) -> Structure:
         members = list(FAMILIES[family](layer, int(share * layer.weight.numel())))
         if not members:
-            raise ValueError(f"no {family} has {share:g} of the parameters of a {layer.shape} weight")
+            raise NoMember(f"no {family} has {share:g} of the parameters of a {layer.shape} weight")
         if len(members) == 1:
             return members[0]
 
@@ -297,9 +301,12 @@ def first_row(given: Callable[[], Task], family: str, seed: int) -> dict[str, An
 
 
 def second_row(given: Callable[[], Task], family: str, share: float) -> dict[str, Any]:
-    """Figure 2 for one family and share."""
+    """Figure 2 for one family and share; a row that says so where the family has nothing as small."""
     task = given()
-    plan = task.plan(family, share)
+    try:
+        plan = task.plan(family, share)
+    except NoMember as none:
+        return {"missing": str(none)}
     approximated, log = weft.compress(task.model, plan, task.survey, shown=False)
     epochs = max(1, task.epochs // 3)
     trained, _ = task.scheme(0, epochs).run(approximated, **task.training(0))
@@ -366,11 +373,16 @@ def main() -> None:
         rows.append((place // 2, partial(records.row, "figure 2", key, make)))
     for _, run in track(sorted(rows, key=itemgetter(0)), "figures 1 and 2"):
         run()
-    for row in track(records.of("figure 2"), "times"):
+    for row in track(measured_shares(records), "times"):
         key = {name: row[name] for name in ("network", "family", "share_asked")}
         task = tasks.task(row["network"], numbers[row["network"]])
         records.row("time", key, partial(time_row, task, row["structures"]))
     show(sheets(records))
+
+
+def measured_shares(records: Records) -> list[dict[str, Any]]:
+    """The rows of figure 2 that have a network."""
+    return [row for row in records.of("figure 2") if "missing" not in row]
 
 
 def sheets(records: Records) -> Iterator[Sheet]:
@@ -417,7 +429,7 @@ def sheets(records: Records) -> Iterator[Sheet]:
         timed = times.get((row["network"], row["family"], row["share_asked"]))
         return "-" if timed is None else f"{timed['over_dense']:.2f}"
 
-    if not records.of("figure 2"):
+    if not measured_shares(records):
         return
     yield Sheet(
         "Figure 2: by the share of the layers' parameters",
@@ -444,7 +456,7 @@ def sheets(records: Records) -> Iterator[Sheet]:
                 f"{row['trained']:.3f}",
                 over_dense(row),
             )
-            for row in sorted(records.of("figure 2"), key=place)
+            for row in sorted(measured_shares(records), key=place)
         ],
         "Time of the network's call on one thread, in turns with the dense one's. The paper times a plain C "
         "loop for both, where time follows the multiply-adds; a tuned dense product is harder to beat.",
