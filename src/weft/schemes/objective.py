@@ -37,7 +37,7 @@ class Objective:
     labels alone. Classes are on the last axis, or on axis 1 where labels or two axes of space say so.
 
     Of a regression, whose labels are floating or whose output is one number, softmax makes nothing: there the
-    first term is (1 − α) ‖s − t‖² / ‖t‖², and the loss on labels the mean squared error.
+    first term is (1 − α) times the mean of (s − t)², and the loss on labels the mean squared error too.
 
     Args:
         label_share: α, with a teacher and labels; at 0 no labels are needed.
@@ -119,7 +119,7 @@ class Objective:
     def _divergence(self, scores: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         floating = labels is not None and labels.is_floating_point()
         if floating or scores.ndim < 2 or scores.shape[-1] == 1:
-            return _distance(scores, target)
+            return F.mse_loss(scores, target)
         scores, target = (class_scores(one, labels) for one in (scores, target))
         loss = F.kl_div(
             (scores / self.temperature).log_softmax(-1).flatten(0, -2),
