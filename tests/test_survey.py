@@ -215,6 +215,8 @@ def test_what_stays_dense_says_why() -> None:
         "own": Own(4, 4),
         "bounded": nn.Embedding(4, 4, max_norm=1.0),
         "empty": nn.Linear(0, 4),
+        "recurrent": nn.GRU(4, 4, bias=False),
+        "bag": nn.EmbeddingBag(4, 4),
     })
     layers, left_dense = find_layers(model)
     assert list(layers) == ["plain"]
@@ -226,6 +228,9 @@ def test_what_stays_dense_says_why() -> None:
         "lazy": "it is lazy",
         "own": "Own computes in its own way",
         "empty": "its weight is empty",
+        "recurrent.weight_ih_l0": "a recurrence written with nn.Linear can be compressed",
+        "recurrent.weight_hh_l0": "GRU reads it in one fused call",
+        "bag.weight": "EmbeddingBag reads it in one fused call; nn.Embedding and a sum can be compressed",
     }
     assert left_dense.keys() == reasons.keys()
     for name, reason in reasons.items():

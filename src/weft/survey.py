@@ -428,17 +428,27 @@ def find_layers(model: nn.Module) -> tuple[dict[str, LayerSurvey], dict[str, str
 def _kept_by_others(model: nn.Module, told: tuple[str, ...]) -> dict[str, str]:
     """The larger matrices among a model's parameters that belong to no layer of a supported kind."""
     held = {
-        f"{name}.{own}".lstrip("."): (parameter, type(module).__name__)
+        f"{name}.{own}".lstrip("."): (parameter, _own_way(module))
         for name, module in model.named_modules()
         if refusal(module) == "" and not f"{name}.".startswith(told)
         for own, parameter in module.named_parameters(recurse=False)
     }
     whole = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
     return {
-        name: f"{kind} uses it in a way of its own"
-        for name, (parameter, kind) in held.items()
+        name: reason
+        for name, (parameter, reason) in held.items()
         if not is_lazy(parameter) and parameter.ndim > 1 and parameter.numel() >= WORTH_TELLING * whole
     }
+
+
+def _own_way(module: nn.Module) -> str:
+    """Why the matrices of a module that is no layer stay dense, and what could be compressed in its place."""
+    kind = type(module).__name__
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return f"{kind} reads it in one fused call; a recurrence written with nn.Linear can be compressed"
+    if isinstance(module, nn.EmbeddingBag):
+        return f"{kind} reads it in one fused call; nn.Embedding and a sum can be compressed"
+    return f"{kind} uses it in a way of its own"
 
 
 # ------------------------------------------------------------------------------------------------------------
