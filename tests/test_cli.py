@@ -12,8 +12,9 @@ from torch import nn
 from weft import compress, load, save
 from weft.cli import app, main
 from weft.plan.plan import Plan
-from weft.sources import load_model
+from weft.sources import load_data, load_model
 from weft.structures.low_rank import LowRank
+from weft.survey import Survey, survey
 
 MODELS = """
 import torch
@@ -262,6 +263,19 @@ def test_a_plan_edited_by_hand_is_shown_as_it_came_out(
     small = load(folder / "small.safetensors")
     count = sum(value.numel() for value in small.parameters())
     assert f"the network: parameters {count:,} (" in shown  # not what the plan had before
+
+
+def test_fisher_weighs_errors_by_what_they_do_to_the_scores(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by labels drawn from them: gradients of a network that is sure of its answers vanish."""
+    command = "survey models.py:network --data digits --samples 100 --batch-size 50 --fisher"
+    assert weft(monkeypatch, f"{command} -o survey.json") == 0
+    model = load_model("models.py:network")
+    batches = load_data("digits").inputs("calibration", batch_size=50, limit=100)
+    expected = survey(model, batches, loss="squared")
+    for name, layer in Survey.load("survey.json", model).layers.items():
+        torch.testing.assert_close(layer.output_gram.moment, expected.layers[name].output_gram.moment)
 
 
 def test_a_survey_times_the_layers(

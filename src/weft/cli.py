@@ -201,7 +201,12 @@ def survey_command(
     samples: Samples = 1024,
     batch_size: BatchSize = 64,
     fisher: Annotated[
-        bool, typer.Option("--fisher", help="Also measure how much each output matters to the network.")
+        bool,
+        typer.Option(
+            "--fisher",
+            help="Also measure by gradients what an error of each layer's output does to the network's own: "
+            "the fits and the plan then weigh errors by it.",
+        ),
     ] = False,
     times: Annotated[
         bool,
@@ -328,7 +333,10 @@ def compress_command(
     samples: Samples = 1024,
     batch_size: BatchSize = 64,
     fisher: Annotated[
-        bool, typer.Option("--fisher", help="With MODEL: weight outputs by what they matter.")
+        bool,
+        typer.Option(
+            "--fisher", help="With MODEL: weigh errors by what they do to the network's output (gradients)."
+        ),
     ] = False,
     keep_dense: KeepDense = "",
     only: Only = None,
@@ -964,13 +972,8 @@ def _survey(
             raise ValueError(checks.fault("--data", "given with --fisher", "none", "add --data"))
         return survey(network)
     batches = data.inputs("calibration", batch_size=batch_size, limit=samples)
-    if not fisher:
-        return survey(network, batches, **options)
-    # Outputs of a regression are no scores of classes.
-    first = next(iter(data.batches("train", batch_size=1, limit=1)))
-    regression = first[1] is not None and quality_name(first) == "R²"
-    metric: dict[str, Any] = {"loss": "squared"} if regression else {"teacher": network}
-    return survey(network, batches, **metric, **options)
+    # Not by labels drawn from the scores: of a network that is sure of its answers those say next to nothing.
+    return survey(network, batches, loss="squared" if fisher else None, **options)
 
 
 @dataclass(frozen=True)

@@ -741,11 +741,13 @@ def survey(
             norm.
         loss: takes the model's output and the batch and gives the mean loss over the batch's samples; its
             gradients make the output Grams (empirical Fisher), by one backward pass per batch. "squared"
-            needs no labels either: the output Grams are those of the squared distance of a sample's output
-            from what it was (Gauss-Newton, by random directions of the output), for networks whose outputs
-            are no scores of classes, such as embeddings.
+            needs no labels: the output Grams are those of the squared distance of a sample's output from what
+            it was (Gauss-Newton, by random directions of the output), for classifiers as for any other
+            network.
         teacher: gives output Grams without labels: labels are drawn from its softmax (Fisher); usually the
-            model. An output of one number is no score of classes and counts as with "squared".
+            model. An output of one number is no score of classes and counts as with "squared". A network that
+            is sure of its answers has hardly any gradients, and those of a few samples decide: ResNet-20 of
+            low ranks at half of its parameters then has 0.575 in place of 0.834, and 0.868 with "squared".
         shrinkage: the ridge of all Grams in units of the mean diagonal.
         gram_memory: bytes of memory for all Grams together; those beyond it live in files that are mapped.
         spill: the folder for these files, removed with their Grams: worker processes then map them as well
