@@ -83,7 +83,7 @@ class Experiment:
 EXPERIMENTS = (
     Experiment("denton", rows=20),
     Experiment("huelder", rows=72),
-    Experiment("kissel_diepold", rows=174),
+    Experiment("kissel_diepold", rows=173),
     Experiment("giffon", rows=168),
     Experiment("psm_nets", rows=5),
     Experiment("learning_compression", rows=22),
