@@ -26,7 +26,7 @@ from weft.plan.allocate import allocate
 from weft.plan.budget import Budget
 from weft.plan.constraints import Constraints
 from weft.plan.error_curves import error_curves, undominated
-from weft.plan.latency import LatencyTable
+from weft.plan.latency import LatencyTable, layer_call
 from weft.plan.memory import MemoryTable
 from weft.plan.pareto import pareto
 from weft.plan.plan import Plan, check_plan
@@ -468,6 +468,31 @@ def test_a_plan_for_a_peak_of_memory_keeps_it(remembered: Remembered, share: flo
     taken = footprint(small).memory + peak_activations(small, x)
     assert taken == pytest.approx(plan.peak_memory, rel=0.05)
     assert taken <= 1.05 * share * table.dense_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_layers_are_measured_in_the_networks_own_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Wide().to(dtype).eval(), torch.randn(1, 3, 16, 16).to(dtype)
+    survey = weft.survey(model, [x])
+    for layer in survey.layers.values():
+        for structure in (Dense(), LowRank(2)):
+            assert layer_call(layer, structure, 1)[0]().dtype == dtype
+    table = MemoryTable(model, survey, x)
+    layer = survey.layers["head"]
+    size = torch.empty((), dtype=dtype).element_size()
+    assert table.resident(layer, LowRank(2)) == LowRank(2).parameter_count(layer.shape) * size
+    plan = allocate(survey, ["LowRank"], Budget(peak_memory=0.6), memory=table)
+    small, _ = weft.compress(model, plan, survey)
+    taken = footprint(small).memory + peak_activations(small, x)
+    assert taken == pytest.approx(plan.peak_memory, rel=0.05)
+
+
+def test_times_are_those_of_the_processor(surveyed: tuple[nn.Sequential, Survey]) -> None:
+    model, survey = surveyed
+    elsewhere = copy.deepcopy(model).to("meta")
+    with pytest.raises(ValueError, match="model must be on the CPU, got meta; move it there to plan"):
+        LatencyTable(elsewhere, survey, batches()[0])
 
 
 def test_a_peak_that_nothing_can_meet_says_the_smallest_possible(remembered: Remembered) -> None:

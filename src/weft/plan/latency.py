@@ -50,7 +50,7 @@ class LatencyTable:
         cache: a folder that keeps times between runs, apart for every machine and version; None for none.
 
     Raises:
-        ValueError: the survey is one without data.
+        ValueError: the survey is one without data, or the model is not on the CPU.
 
     Attributes:
         dense_seconds: the dense network's time per call.
@@ -70,6 +70,9 @@ class LatencyTable:
         if not survey.samples:
             remedy = "survey with batches, so that the layers' input sizes are known"
             raise ValueError(checks.fault("survey", "one with data", "one without", remedy))
+        device = device_of(model)
+        if device.type != "cpu":
+            raise ValueError(checks.fault("model", "on the CPU", device, "move it there to plan"))
         self.batch = checks.integer_between("batch", batch, 1, None)
         self.thread_count = torch.get_num_threads() if thread_count is None else thread_count
         checks.integer_between("thread_count", self.thread_count, 1, None)
@@ -80,7 +83,7 @@ class LatencyTable:
                 self._known = read_json(self._file, "weft_latencies", "")["seconds"]
             except (ValueError, KeyError):
                 self._known = {}  # a damaged cache is measured again
-        given = to_device(repeat_to(sample, batch), device_of(model))
+        given = to_device(repeat_to(sample, batch), device)
         with evaluating(model), torch.inference_mode():
             self.dense_seconds = self._time(lambda: call(model, given), _NETWORK_SECONDS)
         layers = sum(self.seconds(layer, Dense()) for layer in survey.layers.values())
@@ -133,7 +136,8 @@ class LatencyTable:
     def _key(self, layer: LayerSurvey, structure: Structure) -> str:
         geometry = None if layer.geometry is None else asdict(layer.geometry)
         parts = [structure.to_json(), layer.shape, geometry, layer.lookup, self._calls(layer)]
-        return json.dumps([*parts, self.batch, self.thread_count])
+        kind = () if layer.weight.dtype == torch.float32 else (str(layer.weight.dtype),)
+        return json.dumps([*parts, self.batch, self.thread_count, *kind])
 
     def _calls(self, layer: LayerSurvey) -> int:
         return max(1, round(self.batch * layer.calls))
@@ -142,7 +146,7 @@ class LatencyTable:
 def layer_call(
     layer: LayerSurvey, structure: Structure, calls: int
 ) -> tuple[Callable[[], Tensor], StructuredMatrix | None]:
-    """A layer to run by itself, with random inputs of the size that the survey saw.
+    """A layer to run by itself, with random inputs of the size that the survey saw, in the weight's dtype.
 
     Args:
         layer: the layer's survey.
@@ -153,22 +157,27 @@ def layer_call(
         What runs it, and the member; None for the dense layer.
     """
     generator = torch.Generator().manual_seed(0)
-    shape, geometry = layer.shape, layer.geometry
-    member = None if isinstance(structure, Dense) else structure.initialise(shape, generator=generator).eval()
-    weight = torch.randn(shape if member is None else (), generator=generator)
+    shape, geometry, dtype = layer.shape, layer.geometry, layer.weight.dtype
+    member = None
+    if not isinstance(structure, Dense):
+        member = structure.initialise(shape, generator=generator).to(dtype).eval()
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    weight = random(*(shape if member is None else ()))
     if layer.lookup:
         indices = torch.randint(shape[0], (calls,), generator=generator)
         if member is None:
             return lambda: F.embedding(indices, weight), None
         return lambda: member.rows(indices), member
     if geometry is None:
-        x = torch.randn(calls, shape[1], generator=generator)
-        bias = torch.randn(shape[0], generator=generator)
+        x, bias = random(calls, shape[1]), random(shape[0])
         if member is None:
             return lambda: F.linear(x, weight, bias), None
         return lambda: member.affine(x, bias), member
     size = geometry.input_size or (1,) * len(geometry.stride)
-    images = torch.randn(calls, shape[1] * geometry.groups, *size, generator=generator)
+    images = random(calls, shape[1] * geometry.groups, *size)
     plain = replace(geometry, input_size=None)
     if member is None:
         return lambda: plain.convolve(images, weight), None
