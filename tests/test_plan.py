@@ -528,6 +528,22 @@ def test_latency_needs_times_and_times_need_data(surveyed: tuple[nn.Sequential, 
 # Sensitivity
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("outputs", [4, 6])
+def test_a_transposed_convolution_is_substituted_in_torchs_own_layout(outputs: int, groups: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, outputs, 3, groups=groups))
+    x = torch.randn(8, 2, 7, 7)
+    survey = weft.survey(model, [x])
+    curves = {"2": error_curves(survey, [LowRank])["2"]}
+    found = measure_sensitivity(model, survey, curves, [x])
+    square, cost = found.probes["2"][0]
+    point = min(curves["2"], key=lambda point: abs(point.error**2 - square))
+    small = weft.compress(model, {"2": point.structure}, survey, correct_biases=False).model
+    with torch.no_grad():
+        assert cost == pytest.approx(float(squared_divergence(small(x), model(x))), rel=1e-3)
+
+
 def test_measured_sensitivity_finds_the_layer_that_matters() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24))

@@ -60,11 +60,23 @@ def put_dense_weight(module: nn.Module, weight: Tensor) -> None:
         weight: as `dense_weight` gives it, which may be a copy.
     """
     layer: Any = module
-    geometry = geometry_of_layer(module)
     with torch.no_grad():
-        if geometry is not None and geometry.transposed:
-            weight = exchange_channels(weight, geometry.groups)
-        layer.weight.copy_(weight)
+        layer.weight.copy_(as_torch_has_it(weight, geometry_of_layer(module)))
+
+
+def as_torch_has_it(weight: Tensor, geometry: Geometry | None) -> Tensor:
+    """A weight in the layout in which torch's own layer keeps it.
+
+    Args:
+        weight: as `dense_weight` gives it.
+        geometry: the convolution's; None for a linear layer.
+
+    Returns:
+        The weight itself, or (channels, outputs / groups, *kernel) for a transposed convolution.
+    """
+    if geometry is None or not geometry.transposed:
+        return weight
+    return exchange_channels(weight, geometry.groups)
 
 
 def refusal(module: nn.Module) -> str | None:

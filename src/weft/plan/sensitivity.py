@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from weft import checks
+from weft.layers.replace import as_torch_has_it
 from weft.measure import Batch, class_scores, device_of, evaluating, logits_of, to_device
 from weft.numerics.gram import squared_error
 from weft.plan.error_curves import undominated
@@ -180,7 +181,8 @@ def measure_sensitivity(
                     layer.weight, input_gram=layer.input_gram, output_gram=layer.output_gram
                 )
                 # Tied layers follow: functional_call replaces a shared parameter wherever it stands.
-                changed = {f"{name}.weight".lstrip("."): member.to_dense().to(layer.weight)}
+                weight = as_torch_has_it(member.to_dense().to(layer.weight), layer.geometry)
+                changed = {f"{name}.weight".lstrip("."): weight}
                 distances = [
                     float(divergence(_output(model, changed, batch), base))
                     for batch, base in zip(given, reference, strict=True)
