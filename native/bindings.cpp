@@ -223,12 +223,16 @@ int describe_by_attributes(PyObject *tensor, Numbers wanted, Plain &out) {
     return PyErr_Occurred() == nullptr ? 1 : -1;
 }
 
+int describe_either_way(PyObject *tensor, Numbers wanted, Plain &out) {
+    return torch.exchange != nullptr ? describe(tensor, wanted, out) : describe_by_attributes(tensor, wanted, out);
+}
+
 // 1 where a tensor is one of PyTorch's own, contiguous in host memory, of the wanted numbers, and needs no gradient
 // that is recorded; 0 where it is not, -1 with an exception set.
 int look_at(PyObject *tensor, Numbers wanted, bool recording, Plain &out) {
     PyObject *type = reinterpret_cast<PyObject *>(Py_TYPE(tensor));
     if (type != torch.tensor && type != torch.parameter) return 0;  // a subclass may keep its values elsewhere
-    int yes = torch.exchange != nullptr ? describe(tensor, wanted, out) : describe_by_attributes(tensor, wanted, out);
+    int yes = describe_either_way(tensor, wanted, out);
     // A lazy sign, which the memory does not show. Only views of complex numbers have it, every other one of their
     // floats: no parameter of more than one number both has it and is contiguous.
     const bool may_be_negated = wanted != Numbers::uint8 && (type != torch.parameter || out.count() <= 1);
@@ -295,8 +299,8 @@ PyObject *new_result(PyObject *x, const Plain &shape, std::int64_t outputs, std:
         PyObject_VectorcallMethod(torch.new_empty, call, static_cast<std::size_t>(shape.axes + 1), nullptr));
     for (Py_ssize_t axis = 0; axis < shape.axes; ++axis) Py_DECREF(call[axis + 1]);
     if (!result) return nullptr;
-    Plain made;
-    const int yes = look_at(result.get(), Numbers::floating, false, made);
+    Plain made;  // fresh, so that nothing but its place is in question
+    const int yes = describe_either_way(result.get(), Numbers::floating, made);
     if (yes < 0) return nullptr;
     if (yes == 0 || made.half != shape.half || made.count() != shape.batch() * outputs) {
         PyErr_SetString(PyExc_RuntimeError, "new_empty gave another tensor than was asked for");

@@ -1,5 +1,6 @@
 #include "columns_product.hpp"
 
+#include "unrolled.hpp"
 #include "vector.hpp"
 
 namespace {
@@ -32,7 +33,9 @@ inline void store(Vector v, float *to, std::int64_t lanes) {
 template <int Vectors, int Unroll, bool Narrow, typename Weight>
 inline void one_input(const weft::ColumnsProductOf<Weight> &p, Strip<Vectors> strip) {
     Vector sums[Unroll][Vectors];
+    WEFT_UNROLLED
     for (int u = 0; u < Unroll; ++u)
+        WEFT_UNROLLED
         for (int v = 0; v < Vectors; ++v)
             sums[u][v] = u == 0 && p.bias != nullptr ? load<Narrow>(p.bias + strip.first + strip.at(v), strip.lanes)
                                                      : Vector::zero();
@@ -43,26 +46,34 @@ inline void one_input(const weft::ColumnsProductOf<Weight> &p, Strip<Vectors> st
         const Weight *row = segment.matrix + strip.first;
         const std::int64_t own = segment.count > early ? segment.count - early : 0;
         std::int64_t k = 0;
-        const auto rows = [&](std::int64_t end, const Weight *ahead, std::int64_t ahead_stride) {
-            for (; k + Unroll <= end; k += Unroll)
+        for (int part = 0; part < 2; ++part) {
+            const bool ending = part == 1;
+            const std::int64_t end = ending ? segment.count : own;
+            const Weight *ahead = ending ? then.matrix + strip.first : row + early * segment.matrix_stride;
+            const std::int64_t ahead_stride = ending ? then.matrix_stride : segment.matrix_stride;
+            for (; k + Unroll <= end; k += Unroll) {
+                WEFT_UNROLLED
                 for (int u = 0; u < Unroll; ++u, row += segment.matrix_stride, ahead += ahead_stride) {
                     const Vector value = Vector::fill(segment.source[k + u]);
+                    WEFT_UNROLLED
                     for (int v = 0; v < Vectors; ++v) {
                         fetch_ahead(ahead + strip.at(v));
                         sums[u][v] = sums[u][v].add_product(load<Narrow>(row + strip.at(v), strip.lanes), value);
                     }
                 }
-        };
-        rows(own, row + early * segment.matrix_stride, segment.matrix_stride);
-        rows(segment.count, then.matrix + strip.first, then.matrix_stride);
+            }
+        }
         for (; k < segment.count; ++k, row += segment.matrix_stride) {
             const Vector value = Vector::fill(segment.source[k]);
+            WEFT_UNROLLED
             for (int v = 0; v < Vectors; ++v)
                 sums[0][v] = sums[0][v].add_product(load<Narrow>(row + strip.at(v), strip.lanes), value);
         }
     }
+    WEFT_UNROLLED
     for (int v = 0; v < Vectors; ++v) {
         Vector sum = sums[0][v];
+        WEFT_UNROLLED
         for (int u = 1; u < Unroll; ++u) sum = sum.add(sums[u][v]);
         store<Narrow>(sum, p.out + strip.first + strip.at(v), strip.lanes);
     }
@@ -72,9 +83,11 @@ inline void one_input(const weft::ColumnsProductOf<Weight> &p, Strip<Vectors> st
 template <int Vectors, int Batch, bool Narrow, typename Weight>
 inline void tile(const weft::ColumnsProductOf<Weight> &p, Strip<Vectors> strip, std::int64_t input) {
     Vector sums[Batch][Vectors];
+    WEFT_UNROLLED
     for (int v = 0; v < Vectors; ++v) {
         const Vector start = p.bias != nullptr ? load<Narrow>(p.bias + strip.first + strip.at(v), strip.lanes)
                                                : Vector::zero();
+        WEFT_UNROLLED
         for (int b = 0; b < Batch; ++b) sums[b][v] = start;
     }
     for (std::int64_t s = 0; s < p.segment_count; ++s) {
@@ -83,15 +96,20 @@ inline void tile(const weft::ColumnsProductOf<Weight> &p, Strip<Vectors> strip, 
         const float *source = segment.source + input * segment.source_stride;
         for (std::int64_t k = 0; k < segment.count; ++k, row += segment.matrix_stride) {
             Vector weights[Vectors];
+            WEFT_UNROLLED
             for (int v = 0; v < Vectors; ++v) weights[v] = load<Narrow>(row + strip.at(v), strip.lanes);
+            WEFT_UNROLLED
             for (int b = 0; b < Batch; ++b) {
                 const Vector value = Vector::fill(source[b * segment.source_stride + k]);
+                WEFT_UNROLLED
                 for (int v = 0; v < Vectors; ++v) sums[b][v] = sums[b][v].add_product(weights[v], value);
             }
         }
     }
+    WEFT_UNROLLED
     for (int b = 0; b < Batch; ++b) {
         float *out = p.out + (input + b) * p.out_stride + strip.first;
+        WEFT_UNROLLED
         for (int v = 0; v < Vectors; ++v) store<Narrow>(sums[b][v], out + strip.at(v), strip.lanes);
     }
 }
@@ -133,36 +151,42 @@ inline void wide(const weft::ColumnsProductOf<Weight> &p, std::int64_t first, st
     strip_product<Vectors, false>(p, {first, width - Vector::width, 0});
 }
 
+// The registers [begin, end) of a row, `outputs` numbers long; as many as a strip may have.
 template <typename Weight>
-void columns_product(const weft::ColumnsProductOf<Weight> &p) {
-    if (p.outputs < Vector::width) {
-        strip_product<1, true>(p, {0, 0, p.outputs});
+inline void strip_of(const weft::ColumnsProductOf<Weight> &p, std::int64_t begin, std::int64_t end) {
+    const std::int64_t first = begin * Vector::width;
+    const std::int64_t beyond = end * Vector::width < p.outputs ? end * Vector::width : p.outputs;
+    switch (end - begin) {
+        // A last strip of one register that hangs over the end is moved back instead.
+        case 1: wide<1>(p, beyond - Vector::width, Vector::width); break;
+        case 2: wide<2>(p, first, beyond - first); break;
+        case 3: wide<3>(p, first, beyond - first); break;
+        case 4: wide<4>(p, first, beyond - first); break;
+        case 5: wide<5>(p, first, beyond - first); break;
+        case 6: wide<6>(p, first, beyond - first); break;
+        case 7: wide<7>(p, first, beyond - first); break;
+        default: wide<8>(p, first, beyond - first); break;
+    }
+}
+
+// In as few strips as there can be, all about equally wide.
+template <int Widest, typename Weight>
+inline void in_strips(const weft::ColumnsProductOf<Weight> &p) {
+    const std::int64_t vectors = (p.outputs + Vector::width - 1) / Vector::width;
+    if (vectors <= Widest) {  // the usual case, which need not wait for divisions
+        strip_of(p, 0, vectors);
         return;
     }
+    const std::int64_t strips = (vectors + Widest - 1) / Widest;
+    for (std::int64_t s = 0; s < strips; ++s) strip_of(p, vectors * s / strips, vectors * (s + 1) / strips);
+}
+
+template <typename Weight>
+void columns_product(const weft::ColumnsProductOf<Weight> &p) {
     // Few inputs: wide strips, whose rows are long; many: strips that leave registers for more inputs.
-    const int widest = p.batch <= most_sums / widest_strip ? widest_strip : many_registers ? 4 : 3;
-    const std::int64_t vectors = (p.outputs + Vector::width - 1) / Vector::width;
-    const std::int64_t strips = (vectors + widest - 1) / widest;
-    for (std::int64_t s = 0; s < strips; ++s) {
-        const std::int64_t begin = vectors * s / strips, end = vectors * (s + 1) / strips;
-        const std::int64_t first = begin * Vector::width;
-        const std::int64_t beyond = end * Vector::width < p.outputs ? end * Vector::width : p.outputs;
-        switch (end - begin) {
-            case 1: {
-                // A last strip of one register that hangs over the end is moved back instead.
-                const std::int64_t start = beyond - Vector::width;
-                wide<1>(p, start, Vector::width);
-                break;
-            }
-            case 2: wide<2>(p, first, beyond - first); break;
-            case 3: wide<3>(p, first, beyond - first); break;
-            case 4: wide<4>(p, first, beyond - first); break;
-            case 5: wide<5>(p, first, beyond - first); break;
-            case 6: wide<6>(p, first, beyond - first); break;
-            case 7: wide<7>(p, first, beyond - first); break;
-            default: wide<8>(p, first, beyond - first); break;
-        }
-    }
+    if (p.outputs < Vector::width) strip_product<1, true>(p, {0, 0, p.outputs});
+    else if (p.batch <= most_sums / widest_strip) in_strips<widest_strip>(p);
+    else in_strips<many_registers ? 4 : 3>(p);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "rows_product.hpp"
 
+#include "unrolled.hpp"
 #include "vector.hpp"
 
 namespace {
@@ -9,7 +10,9 @@ namespace {
 template <int Rows, int Batch, typename Weight>
 inline void tile(const weft::RowsProductOf<Weight> &p, std::int64_t row, std::int64_t input) {
     Vector sums[Batch][Rows];
+    WEFT_UNROLLED
     for (int b = 0; b < Batch; ++b)
+        WEFT_UNROLLED
         for (int r = 0; r < Rows; ++r) sums[b][r] = Vector::zero();
 
     const float *x = p.x + input * p.x_stride;
@@ -23,31 +26,40 @@ inline void tile(const weft::RowsProductOf<Weight> &p, std::int64_t row, std::in
     std::int64_t k = 0;
     for (; k + Vector::width <= p.columns; k += Vector::width) {
         Vector values[Batch];
+        WEFT_UNROLLED
         for (int b = 0; b < Batch; ++b) values[b] = Vector::load(x + b * p.x_stride + k);
+        WEFT_UNROLLED
         for (int r = 0; r < Rows; ++r) {
             if (Batch == 1) fetch_ahead(ahead + r * p.columns + k);
             const Vector weights = Vector::load(rows + r * p.columns + k);
+            WEFT_UNROLLED
             for (int b = 0; b < Batch; ++b) sums[b][r] = sums[b][r].add_product(weights, values[b]);
         }
     }
     const std::int64_t rest = p.columns - k;
     if (rest > 0) {
         Vector values[Batch];
+        WEFT_UNROLLED
         for (int b = 0; b < Batch; ++b) values[b] = Vector::load_first(x + b * p.x_stride + k, rest);
+        WEFT_UNROLLED
         for (int r = 0; r < Rows; ++r) {
             const Vector weights = Vector::load_first(rows + r * p.columns + k, rest);
+            WEFT_UNROLLED
             for (int b = 0; b < Batch; ++b) sums[b][r] = sums[b][r].add_product(weights, values[b]);
         }
     }
 
     const float *bias = p.bias != nullptr ? p.bias + row : nullptr;
+    WEFT_UNROLLED
     for (int b = 0; b < Batch; ++b) {
         float *out = p.out + (input + b) * p.out_stride + row;
         if constexpr (Rows % 4 == 0) {
+            WEFT_UNROLLED
             for (int r = 0; r < Rows; r += 4)
                 store_four_sums(sums[b][r], sums[b][r + 1], sums[b][r + 2], sums[b][r + 3],
                                 bias != nullptr ? bias + r : nullptr, out + r);
         } else {
+            WEFT_UNROLLED
             for (int r = 0; r < Rows; ++r) out[r] = sums[b][r].sum() + (bias != nullptr ? bias[r] : 0.0f);
         }
     }

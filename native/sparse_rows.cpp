@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "unrolled.hpp"
 #include "vector.hpp"
 
 namespace {
@@ -122,25 +123,33 @@ inline void rows_of_tile(const SparseTileProduct &p) {
     for (std::int64_t row = p.begin; row < p.end; ++row, out += tile) {
         const std::int64_t end = p.matrix.starts[row + 1];
         Vector sums[Unroll][Vectors];
+        WEFT_UNROLLED
         for (int u = 0; u < Unroll; ++u)
+            WEFT_UNROLLED
             for (int v = 0; v < Vectors; ++v) sums[u][v] = Vector::zero();
         if (p.bias != nullptr)
+            WEFT_UNROLLED
             for (int v = 0; v < Vectors; ++v) sums[0][v] = Vector::fill(p.bias[row]);
         for (; k + Unroll <= end; k += Unroll)
+            WEFT_UNROLLED
             for (int u = 0; u < Unroll; ++u) {
                 const float *line = p.x + static_cast<std::int64_t>(columns[k + u]) * tile;
                 const Vector value = Vector::fill(values[k + u]);
+                WEFT_UNROLLED
                 for (int v = 0; v < Vectors; ++v)
                     sums[u][v] = sums[u][v].add_product(Vector::load(line + v * Vector::width), value);
             }
         for (; k < end; ++k) {
             const float *line = p.x + static_cast<std::int64_t>(columns[k]) * tile;
             const Vector value = Vector::fill(values[k]);
+            WEFT_UNROLLED
             for (int v = 0; v < Vectors; ++v)
                 sums[0][v] = sums[0][v].add_product(Vector::load(line + v * Vector::width), value);
         }
+        WEFT_UNROLLED
         for (int v = 0; v < Vectors; ++v) {
             Vector sum = sums[0][v];
+            WEFT_UNROLLED
             for (int u = 1; u < Unroll; ++u) sum = sum.add(sums[u][v]);
             sum.store(out + v * Vector::width);
         }

@@ -1,5 +1,6 @@
 #include "table_sums.hpp"
 
+#include "unrolled.hpp"
 #include "vector.hpp"
 
 namespace {
@@ -11,12 +12,15 @@ void fill(const float *words, const float *x, std::int64_t width, std::int64_t c
     std::int64_t k = 0;
     for (; k + unroll * Vector::width <= codewords; k += unroll * Vector::width) {
         Vector sums[unroll];
+        WEFT_UNROLLED
         for (int u = 0; u < unroll; ++u) sums[u] = Vector::zero();
         for (std::int64_t w = 0; w < width; ++w) {
             const Vector value = Vector::fill(x[w]);
+            WEFT_UNROLLED
             for (int u = 0; u < unroll; ++u)
                 sums[u] = sums[u].add_product(Vector::load(words + w * codewords + k + u * Vector::width), value);
         }
+        WEFT_UNROLLED
         for (int u = 0; u < unroll; ++u) sums[u].store(table + k + u * Vector::width);
     }
     for (; k < codewords; k += Vector::width) {

@@ -252,7 +252,7 @@ def test_parametrised_members_and_copies_compute_the_same():
         y = member(x)
         for copied in (copy.deepcopy(member), pickle.loads(pickle.dumps(member))):
             assert torch.equal(copied(x), y)
-        torch.nn.utils.parametrize.register_parametrization(member, "left", Doubled())
+        torch.nn.utils.parametrize.register_parametrization(member, "strips", Doubled())
         expected = x.double() @ member.to_dense().double().T
         torch.testing.assert_close(
             member(x).double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
@@ -338,7 +338,7 @@ def test_parametrised_weights_are_read_through_their_parametrisation():
 
     member = Hierarchical(rank=3, leaf_size=8).initialise((61, 47))
     x = torch.randn(2, 47)
-    torch.nn.utils.parametrize.register_parametrization(member, "left", Doubled())
+    torch.nn.utils.parametrize.register_parametrization(member, "strips", Doubled())
     with torch.no_grad():
         expected = dense_product(member, x)
         torch.testing.assert_close(

@@ -44,13 +44,13 @@ def test_views_reach_the_stored_numbers():
     layout = BlockLayout(TILES)
     packed = layout.pack(random_values())
     layout.unpack(packed)[0].left.fill_(7.0)
-    assert int((packed["left"] == 7.0).sum()) == 3
+    assert int((packed["strips"] == 7.0).sum()) == 3
 
 
 def test_clusters_of_equal_shape_share_one_batch():
     tiles = [Tile(slice(4 * i, 4 * i + 4), slice(5 * j, 5 * j + 5), 1) for i in range(3) for j in range(2)]
     layout = BlockLayout(tiles)
-    (right,), (left,) = layout.right_stacks, layout.left_stacks
+    (right,), (left,) = layout.right_stacks, layout.strip_stacks
     assert (right.count, right.inputs, right.outputs) == (2, 5, 3)
     assert (left.count, left.inputs, left.outputs) == (3, 2, 4)
     assert not layout.dense_stacks
@@ -74,9 +74,9 @@ def test_batched_products_are_those_of_each_cluster(batch, axis):
         tile, value = TILES[index], values[index]
         torch.testing.assert_close(hidden[:, start : start + tile.rank], x[:, tile.columns] @ value.right.T)
     total = torch.zeros(batch, 10)
-    pieces = products(layout.left_stacks, "left", hidden[:, layout.inner_order()])
+    pieces = products(layout.strip_stacks, "strips", hidden[:, layout.inner_order()])
     pieces += products(layout.dense_stacks, "dense", x[:, layout.dense_order()])
-    for stack, piece in zip((*layout.left_stacks, *layout.dense_stacks), pieces, strict=True):
+    for stack, piece in zip((*layout.strip_stacks, *layout.dense_stacks), pieces, strict=True):
         total.index_add_(1, stack.positions(), piece)
     dense = torch.zeros(10, 11)
     for tile, value in zip(TILES, values, strict=True):

@@ -323,7 +323,7 @@ def test_an_exported_program_takes_any_batch(admissibility):
 def test_integers_are_stored_in_two_bytes_and_only_where_needed():
     matrix = spectral_decay(40, 48).float()
     fixed = Hierarchical(rank=2, leaf_size=10).fit(matrix)
-    assert set(fixed.stored()) == {"left", "right", "dense"}
+    assert set(fixed.stored()) == {"strips", "right", "dense"}
     ordered = dataclasses.replace(fixed.structure, clustering="principal").fit(matrix)
     assert ordered.stored()["row_order"].nbytes == 80
     assert ordered.cost().bytes == 4 * ordered.cost().parameters + 80 + 96

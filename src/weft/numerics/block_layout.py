@@ -1,5 +1,6 @@
 """Blocks of a matrix, and the order in which their numbers are stored and applied."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,17 +54,17 @@ class Factors:
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks that share a cluster, stacked, for all clusters of the same size: one batched product.
+    """Blocks that share a cluster or strip, stacked, for all of the same size: one batched product.
 
-    Each cluster's matrix is stored with its inputs along the rows, (inputs, outputs): the product of few
+    Each one's matrix is stored with its inputs along the rows, (inputs, outputs): the product of few
     vectors then adds up scaled contiguous rows, which is what runs fastest.
 
     Attributes:
-        starts: the clusters' first positions, ascending.
-        extent: the clusters' size.
-        inputs: how many numbers a cluster's product takes.
+        starts: the first positions of the clusters, or strips, ascending.
+        extent: their size.
+        inputs: how many numbers the product of one takes.
         outputs: how many it gives.
-        tiles: for each cluster the indices of its tiles, in the order of the stack.
+        tiles: for each one the indices of its tiles, in the order of the stack.
     """
 
     starts: tuple[int, ...]
@@ -90,11 +91,13 @@ class Stack:
 class BlockLayout:
     """Where the numbers of every block stand in the flat stored tensors.
 
-    `right` holds, for every column cluster, the transposed right factors of the blocks over it, side by side:
-    (cluster, sum of ranks). `left` holds for every row cluster the transposed left factors below each other:
-    (sum of ranks, cluster); `dense` for every row cluster its transposed dense blocks below each other: (sum
-    of widths, cluster). Clusters of equal shapes stand together, so that each tensor is a short sequence of
-    batches, the stacks; within a stack clusters ascend, within a cluster its blocks.
+    The borders of all blocks cut the rows into strips. `right` holds for every column cluster the transposed
+    right factors of the blocks over it, side by side: (cluster, sum of ranks). `strips` holds for every strip
+    the transposed left factors of the blocks across it, their part inside of it, below each other: (sum of
+    ranks, strip); `dense` for every strip its transposed dense blocks below each other: (sum of widths,
+    strip). So what a strip of the output is computed from stands in one piece, in the order in which it is
+    read. Clusters and strips of equal shapes stand together: each tensor is a short sequence of batches, the
+    stacks; within a stack clusters ascend, within a cluster its blocks.
 
     Args:
         tiles: The blocks.
@@ -104,9 +107,14 @@ class BlockLayout:
         self.tiles = list(tiles)
         low_rank = [index for index, tile in enumerate(tiles) if tile.rank]
         dense = [index for index, tile in enumerate(tiles) if tile.rank is None]
-        self.right_stacks = self._stacks(low_rank, lambda tile: tile.columns, _inner_size, into=False)
-        self.left_stacks = self._stacks(low_rank, lambda tile: tile.rows, _inner_size, into=True)
-        self.dense_stacks = self._stacks(dense, lambda tile: tile.rows, _width, into=True)
+        borders = sorted({border for tile in tiles for border in (tile.rows.start, tile.rows.stop)})
+        self.strips = list(itertools.starmap(slice, itertools.pairwise(borders)))
+        across = [[strip for strip in self.strips if _lies_in(strip, tile.rows)] for tile in tiles]
+        self.right_stacks = self._stacks(
+            low_rank, lambda index: [tiles[index].columns], _inner_size, into=False
+        )
+        self.strip_stacks = self._stacks(low_rank, across.__getitem__, _inner_size, into=True)
+        self.dense_stacks = self._stacks(dense, across.__getitem__, _width, into=True)
         # Where each low-rank tile's part of the inner vector starts, in the order of the right stacks.
         self.inner_start: dict[int, int] = {}
         position = 0
@@ -116,13 +124,13 @@ class BlockLayout:
         self.inner_size = position
 
     def _stacks(
-        self, members: Sequence[int], cluster_of: Callable[[Tile], slice], depth_of: _Depth, *, into: bool
+        self, members: Sequence[int], parts_of: Callable[[int], list[slice]], depth_of: _Depth, *, into: bool
     ) -> list[Stack]:
-        """Groups tiles by cluster and clusters by shape; `into` where the product gives the cluster."""
+        """Groups tiles by cluster or strip, and those by shape; `into` where the product gives them."""
         clusters: dict[tuple[int, int], list[int]] = {}
         for index in members:
-            cluster = cluster_of(self.tiles[index])
-            clusters.setdefault((cluster.start, cluster.stop - cluster.start), []).append(index)
+            for part in parts_of(index):
+                clusters.setdefault((part.start, part.stop - part.start), []).append(index)
         shapes: dict[tuple[int, int], list[tuple[int, tuple[int, ...]]]] = {}
         for (start, extent), indices in sorted(clusters.items()):
             depth = sum(depth_of(self.tiles[index]) for index in indices)
@@ -139,14 +147,14 @@ class BlockLayout:
 
     def numbers(self) -> dict[str, int]:
         """The sizes of the stored tensors that there are, by name."""
-        stacks = {"left": self.left_stacks, "right": self.right_stacks, "dense": self.dense_stacks}
+        stacks = {"strips": self.strip_stacks, "right": self.right_stacks, "dense": self.dense_stacks}
         return {name: sum(stack.numel for stack in found) for name, found in stacks.items() if found}
 
     def inner_order(self) -> Tensor:
-        """Where the left stacks' inputs stand in the inner vector, shape (inner_size,)."""
+        """Where the strip stacks' inputs stand in the inner vector, one after the other."""
         return self._ranges(
             (self.inner_start[index], self.inner_start[index] + _inner_size(self.tiles[index]))
-            for index in _in_order(self.left_stacks)
+            for index in _in_order(self.strip_stacks)
         )
 
     def dense_order(self) -> Tensor:
@@ -165,27 +173,33 @@ class BlockLayout:
             values: One per tile.
 
         Returns:
-            `left`, `right` and `dense`, each flat, where there are numbers for it.
+            `strips`, `right` and `dense`, each flat, where there are numbers for it.
         """
         rights = [values[index].right for index in range(len(values))]
+
+        def left_parts(stacks: Sequence[Stack]) -> list[Tensor]:
+            return [
+                torch.cat([values[index].left[self._inside(index, strip)].mT for index in indices])
+                for strip, indices in _parts(stacks)
+            ]
+
         parts = {
-            "left": [
-                torch.cat([values[index].left.mT for index in indices])
-                for indices in _clusters(self.left_stacks)
-            ],
+            "strips": left_parts(self.strip_stacks),
             "right": [
                 torch.cat([part.mT for index in indices if (part := rights[index]) is not None], 1)
-                for indices in _clusters(self.right_stacks)
+                for _, indices in _parts(self.right_stacks)
             ],
-            "dense": [
-                torch.cat([values[index].left.mT for index in indices])
-                for indices in _clusters(self.dense_stacks)
-            ],
+            "dense": left_parts(self.dense_stacks),
         }
         return {name: torch.cat([part.flatten() for part in found]) for name, found in parts.items() if found}
 
+    def _inside(self, index: int, strip: slice) -> slice:
+        """A strip's rows within those of a tile across it."""
+        first = self.tiles[index].rows.start
+        return slice(strip.start - first, strip.stop - first)
+
     def unpack(self, tensors: Mapping[str, Tensor | None]) -> list[Factors]:
-        """The values of every tile as views of the stored tensors.
+        """The values of every tile, views of the stored tensors where one strip holds them.
 
         Args:
             tensors: What `pack` gave.
@@ -193,29 +207,31 @@ class BlockLayout:
         Returns:
             One per tile.
         """
-        lefts = self._views(self.left_stacks, tensors.get("left"), _inner_size, dim=0)
+        lefts = self._views(self.strip_stacks, tensors.get("strips"), _inner_size, dim=0)
         rights = self._views(self.right_stacks, tensors.get("right"), _inner_size, dim=1)
         blocks = self._views(self.dense_stacks, tensors.get("dense"), _width, dim=0)
         empty = next((tensor for tensor in tensors.values() if tensor is not None), torch.empty(0))
         values = []
         for index, tile in enumerate(self.tiles):
             if tile.rank is None:
-                values.append(Factors(blocks[index], None))
+                values.append(Factors(_below_each_other(blocks[index]), None))
             elif tile.rank:
-                values.append(Factors(lefts[index], rights[index]))
+                values.append(Factors(_below_each_other(lefts[index]), *rights[index]))
             else:
                 values.append(Factors(empty.new_zeros(tile.height, 0), empty.new_zeros(0, tile.width)))
         return values
 
     def _views(
         self, stacks: Sequence[Stack], flat: Tensor | None, depth_of: _Depth, *, dim: int
-    ) -> dict[int, Tensor]:
-        views: dict[int, Tensor] = {}
+    ) -> dict[int, list[Tensor]]:
+        """Of every tile its parts in the stacks, in the order of their places."""
+        found: dict[int, list[tuple[int, Tensor]]] = {}
         for stack, matrices in batches(stacks, flat):
-            for indices, matrix in zip(stack.tiles, matrices, strict=True):
+            for start, indices, matrix in zip(stack.starts, stack.tiles, matrices, strict=True):
                 parts = matrix.split([depth_of(self.tiles[index]) for index in indices], dim=dim)
-                views.update((index, part.mT) for index, part in zip(indices, parts, strict=True))
-        return views
+                for index, part in zip(indices, parts, strict=True):
+                    found.setdefault(index, []).append((start, part.mT))
+        return {index: [part for _, part in sorted(parts, key=_place)] for index, parts in found.items()}
 
 
 def batches(stacks: Sequence[Stack], flat: Tensor | None) -> list[tuple[Stack, Tensor]]:
@@ -271,11 +287,27 @@ def _width(tile: Tile) -> int:
     return tile.width
 
 
-def _clusters(stacks: Sequence[Stack]) -> list[tuple[int, ...]]:
-    """The tiles of every cluster, over all stacks."""
-    return [indices for stack in stacks for indices in stack.tiles]
+def _place(part: tuple[int, Tensor]) -> int:
+    return part[0]
+
+
+def _below_each_other(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _lies_in(strip: slice, rows: slice) -> bool:
+    return rows.start <= strip.start and strip.stop <= rows.stop
+
+
+def _parts(stacks: Sequence[Stack]) -> list[tuple[slice, tuple[int, ...]]]:
+    """Every cluster or strip of some stacks with its tiles."""
+    return [
+        (slice(start, start + stack.extent), indices)
+        for stack in stacks
+        for start, indices in zip(stack.starts, stack.tiles, strict=True)
+    ]
 
 
 def _in_order(stacks: Sequence[Stack]) -> list[int]:
-    """The tiles in the order of the stacks."""
-    return [index for indices in _clusters(stacks) for index in indices]
+    """The tiles in the order of the stacks, one that lies across several strips as often."""
+    return [index for _, indices in _parts(stacks) for index in indices]

@@ -9,7 +9,6 @@ better of the plain blocks and the blocks fitted in their own part of the metric
 coordinate descent.
 """
 
-import bisect
 import dataclasses
 import itertools
 import math
@@ -620,13 +619,13 @@ _LEAST_SCALE = 1e-12
 class HierarchicalMatrix(StructuredMatrix):
     """A member of `Hierarchical`.
 
-    Stores the flat tensors `left`, `right` and `dense` in the order of `BlockLayout`, each where it has
+    Stores the flat tensors `strips`, `right` and `dense` in the order of `BlockLayout`, each where it has
     numbers; `blocks` (tiles, 5), rows of (row, column, height, width, rank + 1; 0 for dense), where the
     blocks do not follow from structure and shape; `row_order` and `column_order`, where the order is not the
     weight's own. Integers below 65536 are stored as two bytes along a last axis.
     """
 
-    left: nn.Parameter | None
+    strips: nn.Parameter | None
     right: nn.Parameter | None
     dense: nn.Parameter | None
     blocks: Tensor | None
@@ -643,7 +642,7 @@ class HierarchicalMatrix(StructuredMatrix):
         self,
         structure: Hierarchical,
         shape: Shape,
-        left: Tensor | None = None,
+        strips: Tensor | None = None,
         right: Tensor | None = None,
         dense: Tensor | None = None,
         blocks: Tensor | None = None,
@@ -651,7 +650,7 @@ class HierarchicalMatrix(StructuredMatrix):
         column_order: Tensor | None = None,
     ) -> None:
         super().__init__(structure, shape)
-        for name, values in (("left", left), ("right", right), ("dense", dense)):
+        for name, values in (("strips", strips), ("right", right), ("dense", dense)):
             self.register_parameter(name, None if values is None else nn.Parameter(values.contiguous()))
         for name, values in (("blocks", blocks), ("row_order", row_order), ("column_order", column_order)):
             self._keep(name, None if values is None else values.contiguous(), persistent=True)
@@ -666,7 +665,7 @@ class HierarchicalMatrix(StructuredMatrix):
         rows, columns = self.orders()
         taken = [stack.positions() for stack in layout.right_stacks]
         gathered = columns[torch.cat([*taken, layout.dense_order()])]
-        given = [rows[stack.positions()] for stack in (*layout.left_stacks, *layout.dense_stacks)]
+        given = [rows[stack.positions()] for stack in (*layout.strip_stacks, *layout.dense_stacks)]
         scattered = torch.cat([torch.empty(0, dtype=torch.int64), *given])
         once = torch.equal(scattered.sort().values, torch.arange(self.outputs))
         indices = {
@@ -703,8 +702,8 @@ class HierarchicalMatrix(StructuredMatrix):
         )
 
     def factors(self) -> list[Factors]:
-        """The values of every tile, views of the stored tensors."""
-        return self.layout.unpack({"left": self.left, "right": self.right, "dense": self.dense})
+        """The values of every tile, parts of the stored tensors."""
+        return self.layout.unpack({"strips": self.strips, "right": self.right, "dense": self.dense})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.affine(x, None)
@@ -726,13 +725,13 @@ class HierarchicalMatrix(StructuredMatrix):
             vectors = vectors.index_select(axis, self.gather_index)
         pieces: list[Tensor] = []
         taken = sum(stack.count * stack.inputs for stack in layout.right_stacks)
-        if self.left is not None and self.right is not None:
+        if self.strips is not None and self.right is not None:
             part = vectors.narrow(axis, 0, taken)
             hidden = batched_products(layout.right_stacks, self.right, part, axis)
             inner = hidden[0] if len(hidden) == 1 else torch.cat(hidden, axis)
             if self.inner_index is not None:
                 inner = inner.index_select(axis, self.inner_index)
-            pieces += batched_products(layout.left_stacks, self.left, inner, axis)
+            pieces += batched_products(layout.strip_stacks, self.strips, inner, axis)
         if self.dense is not None:
             part = vectors.narrow(axis, taken, vectors.shape[axis] - taken)
             pieces += batched_products(layout.dense_stacks, self.dense, part, axis)
@@ -775,7 +774,7 @@ class HierarchicalMatrix(StructuredMatrix):
         # The rows' coefficients: what multiplies the right factors, in the order of the right stacks.
         inner = self._zeros(count, layout.inner_size)
         order = layout.inner_order().to(positions.device)
-        for stack, matrices, part in _with_parts(layout.left_stacks, self.left, order):
+        for stack, matrices, part in _with_parts(layout.strip_stacks, self.strips, order):
             inner = inner.scatter_add(1, *_picked(stack, matrices, part, positions))
         parts = inner.split([stack.count * stack.outputs for stack in layout.right_stacks], dim=1)
         for (stack, matrices), part in zip(batches(layout.right_stacks, self.right), parts, strict=True):
@@ -793,7 +792,7 @@ class HierarchicalMatrix(StructuredMatrix):
         return result
 
     def _zeros(self, *size: int) -> Tensor:
-        tensors = (tensor for tensor in (self.left, self.dense, torch.empty(0)) if tensor is not None)
+        tensors = (tensor for tensor in (self.strips, self.dense, torch.empty(0)) if tensor is not None)
         return next(tensors).new_zeros(*size)
 
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
@@ -812,8 +811,8 @@ class HierarchicalMatrix(StructuredMatrix):
 
 def _write_program(layout: BlockLayout, outputs: int, inputs: int, rows: Tensor, columns: Tensor) -> Program:
     """The product in two phases: inputs to the low-rank blocks' coefficients, then both to the outputs."""
-    # Each stretch of outputs between the borders of any two row clusters is one step, with the parts of all
-    # blocks over it as segments: its sum is complete before it is written, and written once.
+    # Each strip of the outputs is one step, with the parts of all blocks across it as segments: its sum is
+    # complete before it is written, and written once.
     numbers = layout.numbers()
     index = {name: place for place, name in enumerate(numbers)}
     hidden, position = [], 0
@@ -829,30 +828,19 @@ def _write_program(layout: BlockLayout, outputs: int, inputs: int, rows: Tensor,
             )
             hidden.append([Step(Space.STATE, position, stack.outputs, (segment,))])
             position += stack.outputs
-    # Of each row cluster its place, its matrix and where the inputs of that stand.
-    clusters = []
-    for name, stacks in (("left", layout.left_stacks), ("dense", layout.dense_stacks)):
+    # All that one strip of the outputs is the sum of.
+    parts: dict[int, list[Segment]] = {strip.start: [] for strip in layout.strips}
+    for name, stacks in (("strips", layout.strip_stacks), ("dense", layout.dense_stacks)):
         for stack, start in _clusters_in_store(stacks):
             for cluster, members in enumerate(stack.tiles):
-                sources = [
-                    (Space.STATE, layout.inner_start[member], layout.tiles[member].rank or 0)
-                    if name == "left"
-                    else (Space.INPUT, layout.tiles[member].columns.start, layout.tiles[member].width)
-                    for member in members
-                ]
-                first = start + cluster * stack.inputs * stack.outputs
-                clusters.append((stack.starts[cluster], stack.extent, index[name], first, sources))
-    borders = sorted({0, outputs, *(border for at, extent, *_ in clusters for border in (at, at + extent))})
-    parts: list[list[Segment]] = [[] for _ in borders[1:]]
-    for at, extent, matrix, first, sources in clusters:
-        for stretch in range(bisect.bisect_left(borders, at), bisect.bisect_left(borders, at + extent)):
-            begin = first + borders[stretch] - at
-            for space, offset, depth in _joined(sources):
-                parts[stretch].append(Segment(matrix, begin, extent, space, offset, depth))
-                begin += depth * extent
+                begin = start + cluster * stack.inputs * stack.outputs
+                segments = parts[stack.starts[cluster]]
+                for space, offset, depth in _joined(_source(layout, member) for member in members):
+                    segments.append(Segment(index[name], begin, stack.extent, space, offset, depth))
+                    begin += depth * stack.extent
     written = [
-        [Step(Space.OUTPUT, begin, end - begin, tuple(segments))]
-        for begin, end, segments in zip(borders[:-1], borders[1:], parts, strict=True)
+        [Step(Space.OUTPUT, strip.start, strip.stop - strip.start, tuple(parts[strip.start]))]
+        for strip in layout.strips
     ]
     return write_program(
         inputs,
@@ -864,6 +852,14 @@ def _write_program(layout: BlockLayout, outputs: int, inputs: int, rows: Tensor,
         output_places=_unless_identity(rows.argsort(), outputs),
         names=numbers,
     )
+
+
+def _source(layout: BlockLayout, member: int) -> tuple[Space, int, int]:
+    """Where the numbers stand that a tile's rows are multiplied by: space, offset, how many."""
+    tile = layout.tiles[member]
+    if tile.rank is None:
+        return Space.INPUT, tile.columns.start, tile.width
+    return Space.STATE, layout.inner_start[member], tile.rank
 
 
 def _clusters_in_store(stacks: Sequence[Stack]) -> Iterator[tuple[Stack, int]]:
