@@ -118,10 +118,11 @@ private:
         at += 4;
         if (segments.size() < static_cast<std::size_t>(step.count)) segments.resize(static_cast<std::size_t>(step.count));
         for (std::int64_t s = 0; s < step.count; ++s, at += 6) {
-            const bool state = at[3] == program::state;
-            segments[static_cast<std::size_t>(s)] = {p_.matrices[at[0]] + at[1], at[2],
-                                                     (state ? v.states : v.input) + at[4],
-                                                     state ? v.state_count : v.inputs, at[5]};
+            const float *source = at[3] == program::state ? v.states : at[3] == program::output ? v.output : v.input;
+            const std::int64_t source_stride =
+                at[3] == program::state ? v.state_count : at[3] == program::output ? v.outputs : v.inputs;
+            segments[static_cast<std::size_t>(s)] = {p_.matrices[at[0]] + at[1], at[2], source + at[4], source_stride,
+                                                     at[5]};
         }
         return true;
     }

@@ -20,7 +20,8 @@ namespace weft {
 // and per step:
 //     space (1 states, 2 output), offset, size, segments
 // and per segment:
-//     matrix, offset in it, row stride, space (0 input, 1 states), offset, depth
+//     matrix, offset in it, row stride, space (0 input, 1 states, 2 output), offset, depth
+// Outputs are read by later phases only, and where there are output places: the bias is then added at the end.
 namespace program {
 enum Head : std::int64_t {
     inputs,

@@ -14,6 +14,7 @@ from weft.structures.canonical_polyadic import CanonicalPolyadic
 from weft.structures.dense import Dense
 from weft.structures.divided_rows import DividedRows
 from weft.structures.hierarchical import Hierarchical
+from weft.structures.interpolative import Interpolative
 from weft.structures.low_rank import LowRank
 from weft.structures.product_quantized import ProductQuantized
 from weft.structures.pruned import Pruned
@@ -126,6 +127,12 @@ EXAMPLES = [
         monotone={"rank": (1, 2, 3, 5, 8)},
     ),
     Example("low_rank_aca", lambda shape: LowRank(_quarter(shape), "aca"), exact=True),
+    Example(
+        "interpolative",
+        lambda shape: Interpolative(_quarter(shape)),
+        exact=True,
+        monotone={"rank": (1, 2, 3, 5, 8)},
+    ),
     Example(
         "hierarchical",
         lambda shape: Hierarchical(rank=1, leaf_size=5),

@@ -118,6 +118,65 @@ def test_reference_equals_the_dense_product(outputs, inputs, rank, orders, bias)
     assert_close(block_sequence.reference(x, matrices, program.code, bias), x, bias, dense, size)
 
 
+def in_two_parts(outputs, inputs, own):
+    """A program whose second phase reads outputs of the first, in another order; and its flat tensors."""
+    generator = torch.Generator().manual_seed(outputs * 31 + inputs * 7 + own)
+    rest = outputs - own
+    first, second = (torch.randn(n, generator=generator) for n in (inputs * own, own * rest))
+    phases = [
+        [[Step(Space.OUTPUT, 0, own, (Segment(0, 0, own, Space.INPUT, 0, inputs),))]],
+        [[Step(Space.OUTPUT, own, rest, (Segment(1, 0, rest, Space.OUTPUT, 0, own),))]],
+    ]
+    places = torch.randperm(outputs, generator=generator)
+    sizes = [first.numel(), second.numel()]
+    program = write_program(inputs, outputs, 0, sizes, phases, output_places=places)
+    skeleton, combinations = first.view(inputs, own).double(), second.view(own, rest).double()
+    dense = torch.cat([skeleton, skeleton @ combinations], 1)[:, places].T
+    size = torch.cat([skeleton.abs(), skeleton.abs() @ combinations.abs()], 1)[:, places].T
+    return program, [first, second], dense, size
+
+
+@pytest.mark.parametrize("batch", [1, 2, 13, 200])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_phase_reads_what_earlier_ones_gave_as_output(batch, bias):
+    program, matrices, dense, size = in_two_parts(37, 21, 9)
+    x, bias = torch.randn(batch, 21), torch.randn(37) if bias else None
+    assert_close(block_sequence.reference(x, matrices, program.code, bias), x, bias, dense, size)
+    if dispatch.native is not None:
+        y = block_sequence.block_sequence_apply(x, matrices, program, bias, refuse)
+        assert_close(y, x, bias, dense, size)
+
+
+def test_gradients_pass_through_outputs_that_are_read():
+    program, matrices, dense, _ = in_two_parts(11, 7, 4)
+    x, first, second = (t.double().requires_grad_() for t in (torch.randn(3, 7), *matrices))
+    own = x @ first.view(7, 4)
+    both = torch.cat([own, own @ second.view(4, 7)], 1)
+    # The program's output places, found again from its dense matrix.
+    rows = (torch.cat([first.view(7, 4), first.view(7, 4) @ second.view(4, 7)], 1).T).detach()
+    places = torch.cdist(dense, rows).argmin(1)
+    g = torch.randn(3, 11, dtype=torch.float64)
+    expected = torch.autograd.grad(both[:, places], [x, first, second], g)
+    kept = g.clone()
+    with torch.no_grad():
+        by_x, by_matrix = block_sequence.gradients(g, x, [first, second], program.code)
+    for mine, theirs in zip([by_x, *by_matrix], expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.equal(g, kept)
+
+
+def test_outputs_are_read_after_their_phase_and_before_their_bias_only():
+    first = Step(Space.OUTPUT, 0, 3, (Segment(0, 0, 3, Space.INPUT, 0, 2),))
+    second = Step(Space.OUTPUT, 3, 2, (Segment(1, 0, 2, Space.OUTPUT, 0, 3),))
+    places = torch.arange(5)
+    write_program(2, 5, 0, [6, 6], [[[first]], [[second]]], output_places=places)
+    for phases in ([[[first], [second]]], [[[second]], [[first]]]):
+        with pytest.raises(ValueError, match="reads outside"):
+            write_program(2, 5, 0, [6, 6], phases, output_places=places)
+    with pytest.raises(ValueError, match="reads outside"):
+        write_program(2, 5, 0, [6, 6], [[[first]], [[second]]])
+
+
 @needs_native
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 3, 40])

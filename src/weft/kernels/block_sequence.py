@@ -5,10 +5,10 @@ A step computes one stretch of a vector from stretches of others:
     target[to : to + size] = Σ source[from : from + depth] @ block (+ bias),
 
 where a block is `depth` rows of `size` numbers inside of a flat tensor that a family stores, so nothing is
-packed or copied and a changed weight counts at once. Sources are the input or states that earlier steps gave,
-targets are states or the output. Hierarchical matrices (inputs to coefficients, coefficients to outputs) and
-state recurrences are programs of this kind. Steps are kept in groups and groups in phases: the groups of a
-phase do not depend on each other.
+packed or copied and a changed weight counts at once. Sources are the input, or what earlier phases gave as
+states or as output; targets are states or the output. Hierarchical matrices (inputs to coefficients,
+coefficients to outputs) and state recurrences are programs of this kind. Steps are kept in groups and groups
+in phases: the groups of a phase do not depend on each other.
 """
 
 import itertools
@@ -27,7 +27,7 @@ __all__ = ["Program", "Segment", "Space", "Step", "block_sequence_apply", "write
 
 
 class Space(IntEnum):
-    """Where numbers stand: sources are inputs or states, targets states or outputs."""
+    """Where numbers stand: sources are of any kind, targets states or outputs."""
 
     INPUT = 0
     STATE = 1
@@ -113,7 +113,8 @@ def write_program(
         sizes: How many numbers each flat tensor holds.
         phases: Per phase the groups, per group its steps in their order.
         input_order: The input's index that stands at each position the steps know, or None.
-        output_places: The position that each index of the output is taken from, or None.
+        output_places: The position that each index of the output is taken from, or None; without them steps
+            cannot read outputs, which have their bias from the start.
         names: What the flat tensors are called where they come as a mapping.
 
     Returns:
@@ -123,10 +124,13 @@ def write_program(
         ValueError: A step reads or writes outside of its arrays, or an order does not fit.
     """
     extents = {Space.INPUT: inputs, Space.STATE: states, Space.OUTPUT: outputs}
+    # Which outputs are there to be read: those of earlier phases, before the bias is added to them.
+    readable_outputs = [False] * outputs
     body: list[int] = []
     phase_count = multiply_adds = 0
     for groups in phases:
         phase_count += 1
+        given: list[Step] = []
         body.append(len(groups))
         for steps in groups:
             place = len(body)
@@ -140,13 +144,19 @@ def write_program(
                 for segment in step.segments:
                     matrix, start, stride, space, offset, depth = segment
                     last = start + (depth - 1) * stride + step.size
-                    readable = space is not Space.OUTPUT and 0 <= offset <= extents[space] - depth
+                    readable = 0 <= offset <= extents[space] - depth
+                    if space is Space.OUTPUT:
+                        readable = readable and all(readable_outputs[offset : offset + depth])
                     if depth < 1 or start < 0 or stride < 0 or last > sizes[matrix] or not readable:
                         raise ValueError(f"a step reads outside of its arrays: {segment} of {step}")
                     body += segment
                     work += depth * step.size
             body[place] = work
             multiply_adds += work
+            given += steps
+        for step in given:
+            if step.space is Space.OUTPUT and output_places is not None:
+                readable_outputs[step.offset : step.offset + step.size] = [True] * step.size
     words = [inputs, outputs, states, phase_count, 0, 0, multiply_adds, len(sizes), 0, *body]
     words[8] = len(words)
     words += sizes
@@ -253,7 +263,7 @@ def gradients(
     if words[5]:
         derivatives[Space.OUTPUT].index_add_(1, code[words[5] : words[5] + words[1]], rows)
     else:
-        derivatives[Space.OUTPUT] = rows
+        derivatives[Space.OUTPUT] = rows.clone()  # later steps may have read what earlier ones gave
     by_matrix = [torch.zeros_like(matrix, memory_format=torch.contiguous_format) for matrix in matrices]
     for step in reversed(list(_steps(words))):
         target = derivatives[step.space][:, step.offset : step.offset + step.size]
