@@ -492,6 +492,22 @@ def test_compiles_into_one_graph(example: Example) -> None:
     torch.testing.assert_close(compiled(x), member(x), rtol=1e-4, atol=1e-5)
 
 
+@each_example
+def test_a_compiled_result_lies_in_memory_as_the_graph_takes_it(example: Example) -> None:
+    """The graph views results by the strides that an operation's shape function promised."""
+    member = member_of(example, ONE_SHAPE).double()
+    x = torch.randn(3, 2, member.inputs, dtype=torch.float64).transpose(0, 1)
+
+    def viewed(x: Tensor) -> Tensor:
+        return (member(x) + 1).reshape(-1)
+
+    with torch.no_grad():
+        expected = viewed(x)
+        torch._dynamo.reset()
+        compiled = torch.compile(viewed, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @each_example
 def test_compiles_with_inductor(example: Example) -> None:

@@ -369,7 +369,8 @@ def _supports(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[SparseSup
 def _compute(
     x: Tensor, values: Tensor, supports: Sequence[Tensor], sizes: Sequence[int], bias: Tensor | None = None
 ) -> Tensor:
-    return reference(x, values, _supports(supports, sizes), bias)
+    # Rows after each other, as `_fake` promises: a compiled graph views the result without looking again.
+    return reference(x, values, _supports(supports, sizes), bias).contiguous()
 
 
 # By the tensor of columns: with the tensor of starts, the state of both, and the packed support.
@@ -398,7 +399,7 @@ def _on_host(
         y = _apply_in_memory(x, values, _Packed([_pack_once(support) for support in given]), bias)
         if y is not None:
             return y
-    return reference(x, values, given, bias)
+    return reference(x, values, given, bias).contiguous()
 
 
 _library.impl("sparse_chain_apply", _compute, "CompositeExplicitAutograd")
