@@ -30,6 +30,7 @@ from weft.schemes.fine_tune import fine_tune
 from weft.sources import load_data, load_model
 from weft.structures.base import Structure, relative_error
 from weft.structures.hierarchical import Hierarchical
+from weft.structures.interpolative import Interpolative
 from weft.structures.low_rank import LowRank
 from weft.structures.quantized import Quantized
 
@@ -125,6 +126,8 @@ def others(setting: Setting, limit: int) -> Iterable[tuple[str, Structure]]:
     shape = tuple(setting.weight.shape)
     rank = limit // (4 * sum(shape))
     yield "LowRank", LowRank(rank)
+    own = (Interpolative(larger) for larger in range(1, min(shape)))
+    yield "Interpolative", [member for member in own if member.predicted_cost(shape, 4).bytes <= limit][-1]
     for bits in (8, 4, 3, 2):
         if bits * shape[0] * shape[1] / 8 + 4 * shape[0] <= limit:
             yield f"Quantized, {bits} bits", Quantized(bits)

@@ -27,6 +27,7 @@ from weft.sources import load_data, load_model
 from weft.storage import write_text
 from weft.structures.base import Structure, matrix_shape, relative_error
 from weft.structures.hierarchical import Hierarchical
+from weft.structures.interpolative import Interpolative
 from weft.structures.low_rank import LowRank
 from weft.structures.semiseparable import SequentiallySemiseparable
 from weft.structures.sparse_product import SparseProduct
@@ -39,6 +40,13 @@ SHARES = (0.1, 0.2, 0.4)
 def low_rank(layer: LayerSurvey, parameters: int) -> Structure:
     """The largest rank within the parameters."""
     return LowRank(parameters // sum(matrix_shape(layer.shape)))
+
+
+def interpolative(layer: LayerSurvey, parameters: int) -> Structure:
+    """The same matrices in fewer numbers, hence of a larger rank."""
+    shape = matrix_shape(layer.shape)
+    members = map(Interpolative, range(1, min(shape)))
+    return [member for member in members if member.parameter_count(shape) <= parameters][-1]
 
 
 def weak(layer: LayerSurvey, parameters: int) -> Structure:
@@ -74,6 +82,7 @@ def sparse_product(layer: LayerSurvey, parameters: int) -> Structure:
 
 FAMILIES: dict[str, Callable[[LayerSurvey, int], Structure]] = {
     "LowRank": low_rank,
+    "Interpolative": interpolative,
     "Hierarchical, weak": weak,
     "Hierarchical, uniform": uniform,
     "SequentiallySemiseparable": semiseparable,
