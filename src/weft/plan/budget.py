@@ -17,7 +17,8 @@ class Budget:
     A float up to 1 is a share of the dense network; a whole number above 1 is absolute.
 
     Args:
-        parameters: real coefficients.
+        parameters: real coefficients, before packing: an entry that is stored as a code is still one, so that
+            quantised weights save bytes but no parameters.
         bytes: bytes of the stored tensors.
         multiply_adds: multiply-adds per sample; needs a survey with batches.
         latency: share of the dense network's time per call; needs a latency table.

@@ -78,7 +78,8 @@ class Cost:
     """What a weight costs.
 
     Attributes:
-        parameters: real coefficients before packing, scales and codebooks included, indices and codes not.
+        parameters: real coefficients before packing (one for every entry that is stored as a code), scales
+            and codebooks included; indices, which are none, count in bytes only.
         bytes: those of the stored tensors.
         multiply_adds: per input vector; for a convolution per image where its input size is known, else per
             position.
