@@ -99,6 +99,7 @@ LINES = [
     *hierarchical((1000, 1280), {10: 0.20, 30: 0.34, 50: 0.46, 70: 0.53}),
     *hierarchical((4096, 4096), {30: 0.05}),
     *(Line(f"LowRank(rank={rank})", (1000, 1280), 1, by_bytes) for rank in (8, 30, 100, 300)),
+    *(Line(f"Interpolative(rank={rank})", (1000, 1280), 1, by_bytes) for rank in (100, 300)),
     *(
         Line("SequentiallySemiseparable", (1000, width), 1, at_most(0.25), share=0.2)
         for width in (1280, 2048)
@@ -132,6 +133,7 @@ LINES = [
         for structure, more in (
             ("Hierarchical(rank=30, leaf_size=64)", {}),
             ("LowRank(rank=100)", {}),
+            ("Interpolative(rank=100)", {}),
             ("SequentiallySemiseparable", {"share": 0.2}),
             ("SparseProduct(factors=2, sparsity=14)", {"fitted": True}),
             ("Pruned(density=0.05)", {}),
