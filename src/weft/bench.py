@@ -95,7 +95,7 @@ def compare_layers(
         thread_counts: torch's thread counts.
         caches: "warm", "cold" or both.
         seconds: about how long to measure each combination.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         One row per combination.
@@ -176,7 +176,7 @@ def compare_networks(
         thread_counts: torch's thread counts.
         caches: "warm", "cold" or both; anything else is a ValueError.
         seconds: about how long to measure each combination.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         One row per combination.

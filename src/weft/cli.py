@@ -109,7 +109,7 @@ FamilyNames = Annotated[
     str,
     typer.Option(
         "--families",
-        help="Names separated by commas, or all (minutes per million parameters); see weft families.",
+        help="Names separated by commas, or all; see weft families.",
     ),
 ]
 Method = Annotated[str, typer.Option("--method", help=f"How the budget is divided: {' or '.join(METHODS)}.")]
@@ -119,6 +119,14 @@ KeepDense = Annotated[
 Only = Annotated[
     list[str] | None,
     typer.Option("--only", help="Families for some layers, e.g. 'encoder.*=LowRank,Quantized'; repeatable."),
+]
+ScoutFirst = Annotated[
+    bool,
+    typer.Option(
+        "--scout/--no-scout",
+        help="Whether families that are hopeless on two layers of a shape, or on part of a tall matrix, are "
+        "left out on the rest (never under a limit on time), or everything is tried.",
+    ),
 ]
 SensitivityOf = Annotated[
     str,
@@ -268,6 +276,7 @@ def plan_command(
     method: Method = "lagrangian",
     keep_dense: KeepDense = "",
     only: Only = None,
+    scout: ScoutFirst = True,
     sensitivity: SensitivityOf = "predicted",
     data: DataSource = None,
     samples: Samples = 256,
@@ -294,7 +303,7 @@ def plan_command(
         origin = {key: summary.get(key, []) for key in ("source", "weights", "shards", "commands")}
     if origin["shards"]:
         _without("--shards", data=data)
-    planning = _Planning(chosen, method, rules, sensitivity, samples, batch_size, processes, cache)
+    planning = _Planning(chosen, method, rules, sensitivity, samples, batch_size, processes, cache, scout)
     planner = _Planner(network, found, _load_data(data), planning, latency_batch)
     plan = planner.plan(limits)
     _print_plan(plan, found)
@@ -340,6 +349,7 @@ def compress_command(
     ] = False,
     keep_dense: KeepDense = "",
     only: Only = None,
+    scout: ScoutFirst = True,
     sensitivity: SensitivityOf = "predicted",
     sequential: Sequential = False,
     workers: Workers = None,
@@ -444,7 +454,7 @@ def compress_command(
             plan = Plan.load(str(model))
         else:
             limits, rules = Budget.parse(_needed_budget(budget)), _constraints(keep_dense, only)
-            planning = _Planning(chosen, method, rules, sensitivity, 256, batch_size, processes, cache)
+            planning = _Planning(chosen, method, rules, sensitivity, 256, batch_size, processes, cache, scout)
             plan = _Planner(_NO_NETWORK, found, None, planning, latency_batch).plan(limits)
         log = compress_shards(
             origin[0],
@@ -479,7 +489,7 @@ def compress_command(
             limits = Budget.parse(budget)
             asked = _asked(limits, chosen)
             rules = _constraints(keep_dense, only)
-            planning = _Planning(chosen, method, rules, sensitivity, 256, batch_size, processes, cache)
+            planning = _Planning(chosen, method, rules, sensitivity, 256, batch_size, processes, cache, scout)
             planner = _Planner(network, found, loaded, planning, latency_batch)
             if limits.keep is not None:
                 searched = planner.search(limits, samples, sequential)
@@ -988,6 +998,7 @@ class _Planning:
     batch_size: int
     workers: "_Workers"
     cache: Path | None
+    scout: bool
 
 
 @dataclass(frozen=True)
@@ -1030,6 +1041,7 @@ class _Planner:
             select(options.families),
             constraints=options.constraints,
             costs=limits.costs(),
+            scout=options.scout and not limits.timed,
             cache=self.cache,
             **options.workers.pool(default_workers()),
         )
@@ -1285,6 +1297,10 @@ def _print_plan(plan: Plan, found: Survey, log: list[dict[str, Any]] | None = No
         hint = "where time counts too, limit multiply_adds in the budget"
         console.print(f"more multiply-adds than dense: {', '.join(slower)}; {hint}", highlight=False)
     _print_rivals(plan)
+    if plan.scouted:
+        console.print("left out by scouting (--no-scout tries everything):")
+        for left in plan.scouted:
+            console.print(f"  {left}", highlight=False)
     if total is not None:
         parts = [
             f"{name.replace('_', '-')} {now:,} ({now / dense:.1%} of dense)"

@@ -47,7 +47,7 @@ def demonstrate(
         folder: where network.py, dense.safetensors, small.safetensors, run.json and report.html are written;
             made if missing.
         say: what is called with every line of the story.
-        shown: whether to draw progress bars; where None, only on a terminal.
+        shown: whether to draw progress bars; where None, on a terminal (lines elsewhere).
 
     Returns:
         The report.

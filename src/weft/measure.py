@@ -279,7 +279,7 @@ def quality(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | No
     Args:
         model: the network; run in evaluation mode.
         data: pairs of inputs and labels.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         Larger is better; `quality_name` says which it is.
@@ -313,7 +313,7 @@ def r_squared(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | 
     Args:
         model: the network; run in evaluation mode.
         data: pairs of inputs and floating targets, one number per output.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         At most 1; 0 is what the mean target reaches, NaN what an output that is no number makes of it.
@@ -371,7 +371,7 @@ def accuracy(model: nn.Module, data: Iterable[Sequence[Any]], *, shown: bool | N
         model: the network; run in evaluation mode.
         data: pairs of inputs and integer labels (anything else is a TypeError); labels of the shape of the
             scores without their last axis, or without axis 1 as torch's losses have it.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         The share of labels that are the largest score; NaN among the scores counts as wrong.
@@ -906,7 +906,7 @@ def latencies(
         thread_counts: torch's thread counts; where None, the current one.
         seconds: about how long to measure per combination.
         before: as `time_alternating` has it.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         One row per combination.
@@ -1044,7 +1044,7 @@ def layer_rows(
     Args:
         model: the compressed network.
         against: the dense one, for distances and singular values.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         One row per matrix.

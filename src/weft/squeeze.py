@@ -38,10 +38,10 @@ def squeeze(
             training, what a budget that keeps is searched on, and, without `held_out`, the reported metric.
         held_out: (inputs, labels) batches for the report.
         families: "all", names, or classes. Low rank gives its whole error curve from one factorisation; other
-            families fit every size of every layer, which takes minutes per million parameters.
+            families fit size by size, which takes far longer; see `scout` of `weft.allocate`.
         epochs: passes of fine-tuning over `data` with the dense network as teacher; 0 for none.
         learning_rate: of the fine-tuning.
-        shown: whether to draw progress bars; where None, only on a terminal.
+        shown: whether to draw progress bars; where None, on a terminal (lines elsewhere).
         **budget: the limits of `weft.Budget`, such as `bytes=0.25` or `keep=0.99`; one on latency is that of
             single samples with the current number of threads.
 

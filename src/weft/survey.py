@@ -37,6 +37,7 @@ from weft.progress import track
 from weft.storage import read_json, write_beside, write_text
 from weft.structures.base import (
     BlockDiagonalGram,
+    Candidate,
     Cost,
     DenseGram,
     DiagonalGram,
@@ -145,6 +146,17 @@ class LayerSurvey:
             at a cost that no family states. `measure` counts them.
         """
         return replace(cost, multiply_adds=0 if self.lookup else round(cost.multiply_adds * self.calls))
+
+    def per_sample_point(self, point: Candidate) -> Candidate:
+        """A candidate with its cost in this layer.
+
+        Args:
+            point: its cost as `per_sample` takes it.
+
+        Returns:
+            The same with multiply-adds per sample of the network.
+        """
+        return replace(point, cost=self.per_sample(point.cost))
 
 
 @dataclass(frozen=True)
@@ -754,7 +766,7 @@ def survey(
             (on Ray it must be one that all nodes see). Where None, temporary files that only this process
             sees.
         generator: the source of the drawn labels; a fixed seed where None.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         The survey; layers that no batch reached are left dense with that reason.
@@ -827,7 +839,7 @@ def survey_shards(
         folder: safetensors shards with their index, or a single file.
         layers: the weights' names; a layer's name is that without its last part.
         check: whether every weight is read, to find out now what is not finite.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         The survey, without Grams and multiply-adds, its weights left in their files.

@@ -21,6 +21,7 @@ The constraint and penalty forms of the learning-compression framework (Carreira
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,9 @@ from weft.numerics.gram import BlockDiagonalGram, DiagonalGram, Gram, squared_er
 # ρ of the search in units of the metric's mean diagonal: small ones explore, large ones settle.
 _FIRST_PENALTY, _LAST_PENALTY = 0.2, 1.5
 _STEPS = 30
+# Values are settled where so many steps together lower the squared error by no more than so many roundings
+# of it: in single precision by a hundred-thousandth.
+_PATIENCE, _SEEN = 8, 80
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -275,6 +279,7 @@ def reconstruct(
 
     Conjugate gradients on the normal equations (H X G)_S = (H W G)_S, scaled by the metric's diagonal. Where
     no H couples the rows, every row has its own step lengths, so that it converges as its own problem does.
+    They end where some steps together no longer lower the error by a share that anybody would see.
 
     Args:
         objective: what is to be approximated.
@@ -302,8 +307,10 @@ def reconstruct(
     direction = inverse * residual
     energy = product(residual, direction)
     goal = tolerance * product(inverse * objective.apply(objective.weight), objective.apply(objective.weight))
+    error, gains = objective.error(best), deque[float](maxlen=_PATIENCE)
+    seen = _SEEN * torch.finfo(best.dtype).eps
     for _ in range(steps):
-        if bool((energy <= goal).all()):
+        if bool((energy <= goal).all()) or (len(gains) == _PATIENCE and sum(gains) <= seen * error):
             break
         image = torch.where(support, objective.apply(direction), 0)
         curvature = product(direction, image)
@@ -311,6 +318,8 @@ def reconstruct(
         going = (energy > goal) & (curvature > tiny)
         length = torch.where(going, energy / curvature.clamp_min(tiny), 0)
         x = x + length * direction
+        gains.append(float((length * energy).sum()))
+        error -= gains[-1]
         residual = residual - length * image
         scaled = inverse * residual
         before, energy = energy, torch.where(going, product(residual, scaled), 0)

@@ -53,7 +53,7 @@ def advise(
         table: times of this machine.
         survey: the network's survey.
         families: what to try.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         Advice by layer name.

@@ -23,11 +23,12 @@ from weft import checks
 from weft.numerics.gram import full_precision
 from weft.plan.budget import COSTS, Budget
 from weft.plan.constraints import Constraints
-from weft.plan.error_curves import error_curves, undominated
+from weft.plan.error_curves import ErrorCurves, error_curves, undominated
 from weft.plan.latency import LatencyTable
 from weft.plan.memory import MemoryTable
 from weft.plan.pareto import pareto
 from weft.plan.plan import Plan
+from weft.plan.scouting import Scouted
 from weft.plan.sensitivity import Sensitivity, predicted_sensitivity
 from weft.structures import select
 from weft.structures.base import Candidate, Cost, Structure
@@ -57,6 +58,7 @@ def allocate(
     latency: LatencyTable | None = None,
     memory: MemoryTable | None = None,
     constraints: Constraints | None = None,
+    scout: bool = True,
     cache: str | os.PathLike[str] | None = None,
     workers: int = 1,
     ray: str | None = None,
@@ -76,11 +78,13 @@ def allocate(
         latency: times of this machine, for a budget that limits them.
         memory: bytes in memory, for a budget that limits their peak.
         constraints: what stays dense, and families by layer.
+        scout: whether some layers scout for others of their shape, see `error_curves`; never under a limit on
+            time.
         cache: a folder that keeps error curves between runs; None for none.
         workers: processes that compute error curves, one thread each.
         ray: "local" or the address of a Ray cluster, in place of the processes.
         worker_memory: bytes that each of them may take; where None, the machine's shared out evenly.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         The plan, with predicted costs and errors.
@@ -118,6 +122,7 @@ def allocate(
                 chosen_families,
                 constraints=constraints,
                 costs=budget.costs(),
+                scout=scout and not budget.timed,
                 cache=cache,
                 workers=workers,
                 ray=ray,
@@ -138,6 +143,7 @@ def allocate(
         raise ValueError(checks.fault("budget", "reachable in all its limits together", got, remedy))
     knapsack, best = min(found, key=lambda pair: pair[0].loss(pair[1]))
     chosen = knapsack.points(best)
+    scouted = curves.scouted if isinstance(curves, ErrorCurves) else ()
     total = _rest(survey)
     for point in chosen.values():
         total = total + point.cost
@@ -148,7 +154,12 @@ def allocate(
         total=total,
         seconds=knapsack.seconds(best),
         peak_memory=knapsack.peak_memory(best),
-        others={name: _others(curves[name], point, limits) for name, point in chosen.items()},
+        others={
+            name: {}
+            if isinstance(point.structure, Dense)
+            else {**_not_tried(name, scouted), **_others(curves[name], point, limits)}
+            for name, point in chosen.items()
+        },
         pareto=pareto(
             survey,
             curves,
@@ -156,6 +167,7 @@ def allocate(
             cost=next((name for name in limits if name in COSTS), "bytes"),
             sensitivity=sensitivity,
         ),
+        scouted=scouted,
     )
 
 
@@ -202,10 +214,19 @@ def _under_activation_bounds(
     ]
 
 
+def _not_tried(layer: str, scouted: Iterable[Scouted]) -> dict[str, str]:
+    """Why families were not even tried on a layer."""
+    return {
+        family: f"not tried: {left.ratio:.2g} times the error of others at no more cost, where it was"
+        for found in scouted
+        if layer in found.layers
+        for family, left in found.left_out.items()
+        if left.sizes == left.of
+    }
+
+
 def _others(curve: Sequence[Candidate], chosen: Candidate, limits: Mapping[str, float]) -> dict[str, str]:
     """Why the families that a layer could have had were not chosen."""
-    if isinstance(chosen.structure, Dense):
-        return {}
     names = [name for name in limits if name in COSTS]
     by_family: dict[str, list[Candidate]] = {}
     for point in curve:

@@ -85,6 +85,11 @@ class Budget:
         given = self.given()
         return tuple(name for name in COSTS if name in given) if given.keys() <= set(COSTS) else COSTS
 
+    @property
+    def timed(self) -> bool:
+        """Whether time is limited, of which costs do not tell: nothing may be left out on their account."""
+        return self.latency is not None or self.latency_seconds is not None
+
     def in_words(self) -> str:
         """What the budget asks for.
 

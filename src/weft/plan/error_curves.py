@@ -5,8 +5,10 @@ candidates of the first ones, a few of each family along its curve, so that noth
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +16,18 @@ from weft import checks
 from weft.plan.budget import COSTS
 from weft.plan.constraints import Constraints
 from weft.plan.curve_cache import CurveCache, layer_digest
+from weft.plan.scouting import (
+    MARGIN,
+    ROWS_MARGIN,
+    Party,
+    Scouted,
+    climb,
+    part_of_rows,
+    parties,
+    promising,
+    summary,
+    surprises,
+)
 from weft.plan.workers import run
 from weft.progress import track
 from weft.structures.base import Candidate, Structure
@@ -28,18 +42,33 @@ MOST_INNER, MOST_INNER_ERROR = 8, 0.7
 ALONE, _SMALL = 4.0, 2**24
 
 
+class ErrorCurves(dict[str, list[Candidate]]):
+    """Candidates by layer name, with what was not tried.
+
+    Attributes:
+        scouted: what scouting left out; empty where everything was tried.
+    """
+
+    def __init__(
+        self, curves: Mapping[str, list[Candidate]] | None = None, scouted: Iterable[Scouted] = ()
+    ) -> None:
+        super().__init__(curves or {})
+        self.scouted = tuple(scouted)
+
+
 def error_curves(
     survey: Survey,
     families: Sequence[type[Structure]],
     *,
     constraints: Constraints | None = None,
     costs: Sequence[str] = COSTS,
+    scout: bool = True,
     cache: str | os.PathLike[str] | None = None,
     workers: int = 1,
     ray: str | None = None,
     worker_memory: int | None = None,
     shown: bool | None = None,
-) -> dict[str, list[Candidate]]:
+) -> ErrorCurves:
     """The candidates of all families for every layer, the dense weight always among them.
 
     Args:
@@ -48,112 +77,329 @@ def error_curves(
         constraints: what stays dense, and families by layer.
         costs: the costs that count, such as those that a budget limits: families that build on others are
             offered what nothing beats in these, and nothing is fitted on account of the others.
+        scout: whether layers scout for others of their shape: sizes that are far from the best in these costs
+            on two of them are not tried on the rest, nor larger ones after small ones that are hopeless.
+            Everything is tried on every layer where not.
         cache: a folder that keeps curves between runs; None for none.
         workers: processes that compute curves, one thread each; 1 computes in this process. A script that
             asks for more needs the usual `if __name__ == "__main__":`.
         ray: "local" or the address of a Ray cluster, in place of the processes.
         worker_memory: bytes that each of them may take; where None, the machine's shared out evenly.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal, and now and then a line elsewhere.
 
     Returns:
         By layer name: of every family the candidates that no other of its own dominates, cheapest first;
-        multiply-adds are per sample of the network.
+        multiply-adds are per sample of the network. What scouting left out is in its `scouted`.
     """
     checks.integer_between("workers", workers, 1, None)
     for cost in costs:
         checks.one_of("costs", cost, COSTS)
     constraints = Constraints() if constraints is None else constraints
     constraints.check(layer.names for layer in survey.layers.values())
-    kept = None if cache is None else CurveCache(cache)
     allowed = {
         name: [family for family in constraints.allowed(layer.names, families) if _takes(family, layer)]
         for name, layer in survey.layers.items()
     }
-    found = {name: [Candidate(Dense(), layer.cost, 0.0)] for name, layer in survey.layers.items()}
+    work = partial(run, _curve, workers=workers, ray=ray, memory=worker_memory)
+    explorer = _Explorer(costs, scout, None if cache is None else CurveCache(cache), work, shown)
+    if scout:
+        explorer.scout(survey.layers, allowed)
+    else:
+        explorer.explore(list(survey.layers.values()), allowed)
+    curves = {name: _by_family(explorer.found[name]) for name in survey.layers}
+    return ErrorCurves(curves, explorer.scouted)
 
-    contents: dict[str, str] = {}  # hashing a layer takes as long as its Gram is large: once for all families
 
-    def key_of(piece: "_Piece") -> str:
+class _Explorer:
+    """What is known of all layers so far, and how more is found."""
+
+    def __init__(
+        self,
+        costs: Sequence[str],
+        climbs: bool,
+        kept: CurveCache | None,
+        work: Callable[..., Iterator[tuple[int, "_Outcome"]]],
+        shown: bool | None,
+    ) -> None:
+        self.costs, self.climbs, self.kept, self.work, self.shown = costs, climbs, kept, work, shown
+        self.found: dict[str, list[Candidate]] = {}
+        self.built: dict[str, set[Structure]] = {}  # structures that stand on other families' candidates
+        self.scouted: list[Scouted] = []
+        # Hashing a layer takes as long as its Gram is large: once for all families.
+        self._contents: dict[str, str] = {}
+
+    def scout(
+        self, layers: Mapping[str, LayerSurvey], allowed: Mapping[str, Sequence[type[Structure]]]
+    ) -> None:
+        """Explores a few layers, and of the others what was promising there."""
+        groups = parties(layers, allowed)
+        followers = {name for party in groups for name in party.followers}
+        parts = {}
+        for name, layer in layers.items():
+            part = part_of_rows(layer) if name not in followers and len(allowed[name]) > 1 else None
+            if part is not None:
+                parts[name] = replace(part, name=_PART + name)
+        whole = [layer for name, layer in layers.items() if name not in followers and name not in parts]
+        for_parts = {_PART + name: allowed[name] for name in parts}
+        self.explore([*whole, *parts.values()], {**allowed, **for_parts})
+        able = {}
+        for name in parts:
+            kept, left = promising([self.found.pop(_PART + name)], self.costs, ROWS_MARGIN)
+            able[name] = [family for family in allowed[name] if any(type(one) is family for one in kept)]
+            hopeless = {one: ratio for one, ratio in left.items() if type(one) not in able[name]}
+            self._tell([name], [name], {}, hopeless)
+        self.explore([layers[name] for name in parts], able)
+        for party in groups:
+            self._follow(party, layers, allowed)
+
+    def _follow(
+        self,
+        party: Party,
+        layers: Mapping[str, LayerSurvey],
+        allowed: Mapping[str, Sequence[type[Structure]]],
+    ) -> None:
+        """What followers try: what was promising, and more of families that do better than on the scouts."""
+        kept, left = promising([self.found[name] for name in party.scouts], self.costs, MARGIN)
+        built = {one for name in party.scouts for one in self.built.get(name, ())}
+        pieces = []
+        for name in party.followers:
+            self._begin(layers[name])
+            for family in allowed[name]:
+                pieces += _following(layers[name], family, kept, built)
+        self.gather(pieces, "following")
+        # Where one factorisation gives the whole ladder, nothing of it is left out.
+        ladders = {piece.family for piece in pieces if piece.structures is None}
+        hopeless = {one: ratio for one, ratio in left.items() if type(one) not in ladders or one in built}
+        again, alike = [], dict[frozenset[type[Structure]], list[str]]()
+        for name in party.followers:
+            better = surprises(self.found[name], kept, self.costs) - ladders
+            alike.setdefault(better, []).append(name)
+            again += [self._rest(layers[name], family) for family in allowed[name] if family in better]
+        for better, names in alike.items():
+            out = {one: ratio for one, ratio in hopeless.items() if type(one) not in better}
+            tried = {one: 0.0 for one in (*kept, *left) if one not in out}
+            self._tell(names, party.scouts, tried, out)
+        self.gather([piece for piece in again if piece.structures], "following")
+
+    def _rest(self, layer: LayerSurvey, family: type[Structure]) -> "_Piece":
+        """The sizes of a family that were not tried, for a climb where each is a fit of its own."""
+        tried = {point.structure for point in self.found[layer.name]}
+        ladder = family.curve_sizes(layer.read().weight.detach().cpu())
+        return self._climb(_Piece.of(layer, family, [one for one in ladder if one not in tried]))
+
+    def _climb(self, piece: "_Piece") -> "_Piece":
+        front = tuple(self.found[piece.layer.name])
+        return replace(piece, front=front, costs=tuple(self.costs)) if piece.apart else piece
+
+    def explore(
+        self, layers: Sequence[LayerSurvey], allowed: Mapping[str, Sequence[type[Structure]]]
+    ) -> None:
+        """All families of some layers: each by itself, then those that build on others."""
+        pieces = []
+        for layer in layers:
+            self._begin(layer)
+            pieces += [
+                _Piece.of(layer, family)
+                for family in allowed[layer.name]
+                if next(family.candidates(layer.shape), None) is not None
+            ]
+        self.gather([piece for piece in pieces if not piece.apart], "fitting")
+        # What takes a fit per size comes when it is known what the others reach.
+        last = [piece for piece in pieces if piece.apart]
+        if self.climbs:
+            last = [self._climb(piece) for piece in last]
+        self.gather(last, "fitting size by size")
+        pieces = []
+        for layer in layers:
+            known = self.found[layer.name]
+            inner = _thinned([point for point in known if not isinstance(point.structure, Dense)], self.costs)
+            for family in allowed[layer.name]:
+                alone = set(family.candidates(layer.shape))
+                built = (
+                    [one for one in family.candidates(layer.shape, inner) if one not in alone]
+                    if inner
+                    else []
+                )
+                wanted = _promising(built, known, layer, self.costs)
+                if wanted:
+                    pieces.append(_Piece.of(layer, family, wanted))
+                    self.built.setdefault(layer.name, set()).update(wanted)
+        self.gather(pieces, "combining")
+
+    def gather(self, pieces: Sequence["_Piece"], description: str) -> None:
+        """Curves from the cache, the others from whoever works."""
+        open_pieces = []
+        for given in pieces:
+            piece = given if self.kept is None else replace(given, known=self._load(given))
+            outcome = piece.settled()
+            if outcome is None:
+                open_pieces.append(piece)
+            else:
+                self._add(piece, outcome)
+        small = sum(piece.layer.weight.numel() for piece in open_pieces) <= _SMALL
+        done = self.work(open_pieces, alone=ALONE if small else 0.0)
+        for number, outcome in track(done, description, total=len(open_pieces), shown=self.shown):
+            self._save(open_pieces[number], outcome)
+            self._add(open_pieces[number], outcome)
+
+    def _begin(self, layer: LayerSurvey) -> None:
+        self.found[layer.name] = [Candidate(Dense(), layer.cost, 0.0)]
+
+    def _add(self, piece: "_Piece", outcome: "_Outcome") -> None:
         layer = piece.layer
-        if layer.name not in contents:
+        self.found[layer.name] += [layer.per_sample_point(point) for point in outcome.points]
+        tried = {point.structure for point in outcome.points}
+        left = [one for one in piece.structures or () if one not in tried]
+        if left and not layer.name.startswith(_PART):
+            kept = dict.fromkeys(tried, 0.0)
+            self._tell([layer.name], [layer.name], kept, dict.fromkeys(left, outcome.hopeless))
+
+    def _tell(
+        self,
+        layers: Sequence[str],
+        scouts: Sequence[str],
+        kept: Mapping[Structure, float],
+        left: Mapping[Structure, float],
+    ) -> None:
+        told = summary(layers, scouts, kept, left)
+        if told is not None:
+            self.scouted.append(told)
+
+    # -- between runs: whole curves, or sizes one by one where each is a fit of its own
+
+    def _keys(self, piece: "_Piece") -> list[str]:
+        layer = piece.layer
+        if layer.name not in self._contents:
             layer = layer.read()
-            contents[layer.name] = layer_digest(
+            self._contents[layer.name] = layer_digest(
                 layer.weight, layer.input_gram, layer.output_gram, layer.geometry
             )
+        content = self._contents[layer.name]
+        if piece.apart:
+            return [CurveCache.key(content, piece.family, [one]) for one in piece.structures or ()]
         ladder = list(piece.structures or piece.family.candidates(layer.shape))
-        return CurveCache.key(contents[layer.name], piece.family, ladder)
+        return [CurveCache.key(content, piece.family, ladder)]
 
-    def gather(pieces: list["_Piece"], description: str) -> None:
-        keys = [None if kept is None else key_of(piece) for piece in pieces]
-        open_pieces = []
-        for piece, key in zip(pieces, keys, strict=True):
-            curve = None if kept is None or key is None else kept.load(key)
-            if curve is None:
-                open_pieces.append((piece, key))
-            else:
-                piece.add(curve, found)
-        made = [piece for piece, _ in open_pieces]
-        small = sum(piece.layer.weight.numel() for piece in made) <= _SMALL
-        alone = ALONE if small else 0.0
-        done = run(_curve, made, workers=workers, ray=ray, memory=worker_memory, alone=alone)
-        for number, points in track(done, description, total=len(made), shown=shown):
-            piece, key = open_pieces[number]
-            if kept is not None and key is not None:
-                kept.save(key, points)
-            piece.add(points, found)
+    def _load(self, piece: "_Piece") -> tuple[Candidate, ...] | None:
+        assert self.kept is not None  # noqa: S101
+        curves = [self.kept.load(key) for key in self._keys(piece)]
+        if not piece.apart:
+            return None if curves[0] is None else tuple(curves[0])
+        return tuple(point for curve in curves if curve is not None for point in curve)
 
-    gather(
-        [
-            _Piece(survey.layers[name], family)
-            for name, own in allowed.items()
-            for family in own
-            if next(family.candidates(survey.layers[name].shape), None) is not None
-        ],
-        "fitting",
-    )
-    second = []
-    for name, own in allowed.items():
-        layer = survey.layers[name]
-        inner = _thinned([point for point in found[name] if not isinstance(point.structure, Dense)], costs)
-        for family in own:
-            alone = set(family.candidates(layer.shape))
-            built = (
-                [one for one in family.candidates(layer.shape, inner) if one not in alone] if inner else []
-            )
-            promising = _promising(built, found[name], layer, costs)
-            if promising:
-                second.append(_Piece(layer, family, promising))
-    gather(second, "combining")
-    return {name: _by_family(points) for name, points in found.items()}
+    def _save(self, piece: "_Piece", outcome: "_Outcome") -> None:
+        if self.kept is None:
+            return
+        if not piece.apart:
+            self.kept.save(self._keys(piece)[0], outcome.points)
+            return
+        keys = dict(zip(piece.structures or (), self._keys(piece), strict=True))
+        for point in outcome.points:
+            if point not in (piece.known or ()):
+                self.kept.save(keys[point.structure], [point])
+
+
+# What stands before the name of a layer that is part of another one's rows.
+_PART = "part of "
+
+
+class _Outcome(NamedTuple):
+    """What a piece of work gave: candidates, and how far a climb that was broken off was from the front."""
+
+    points: list[Candidate]
+    hopeless: float = 0.0
+
+
+class _NotKnown(LookupError):
+    """A size that has to be fitted."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """One family's curve for one layer."""
+    """One family's curve for one layer, or part of it."""
 
     layer: LayerSurvey
     family: type[Structure]
     structures: tuple[Structure, ...] | None = None  # some sizes; the whole ladder where None
+    apart: bool = False  # whether every size is a fit of its own
+    front: tuple[Candidate, ...] | None = None  # for a climb: what the other families reach
+    costs: tuple[str, ...] = COSTS  # and the costs that count
+    known: tuple[Candidate, ...] | None = None  # what is known before
 
-    def add(self, points: Iterable[Candidate], found: dict[str, list[Candidate]]) -> None:
-        layer = self.layer
-        found[layer.name] += [
-            Candidate(point.structure, layer.per_sample(point.cost), point.error) for point in points
-        ]
+    @classmethod
+    def of(
+        cls, layer: LayerSurvey, family: type[Structure], structures: Sequence[Structure] | None = None
+    ) -> "_Piece":
+        """A family's whole ladder, or some sizes."""
+        weighted = layer.input_gram is not None or layer.output_gram is not None
+        apart = family.curve_work(weighted=weighted) == "apart"
+        if structures is None and apart:
+            structures = family.curve_sizes(layer.read().weight.detach().cpu())
+        return cls(layer, family, None if structures is None else tuple(structures), apart)
+
+    def settled(self) -> _Outcome | None:
+        """The outcome where all of it is known."""
+        if self.known is None or not self.apart:
+            return None if self.known is None else _Outcome(list(self.known))
+
+        def fit(structure: Structure) -> Candidate:
+            raise _NotKnown(str(structure))
+
+        try:
+            return self.one_by_one(fit)
+        except _NotKnown:
+            return None
+
+    def one_by_one(self, fit: Callable[[Structure], Candidate]) -> _Outcome:
+        """Size after size; a climb ends where the rest is hopeless."""
+        own = {point.structure: point for point in self.known or ()}
+
+        def point(structure: Structure) -> Candidate:
+            if structure not in own:
+                own[structure] = fit(structure)
+            return self.layer.per_sample_point(own[structure])
+
+        sizes, hopeless = self.structures or (), 0.0
+        if self.front is None:
+            reached = [point(one) for one in sizes]
+        else:
+            reached, hopeless = climb(sizes, point, self.front, self.costs)
+        return _Outcome([own[one.structure] for one in reached], hopeless)
 
 
-def _curve(piece: _Piece) -> list[Candidate]:
+def _curve(piece: _Piece) -> _Outcome:
     layer = piece.layer.read()
     try:
         weight = layer.weight.detach().cpu()
-        inner, outer, geometry = layer.input_gram, layer.output_gram, layer.geometry
+        options: dict[str, Any] = {
+            "input_gram": layer.input_gram,
+            "output_gram": layer.output_gram,
+            "geometry": layer.geometry,
+        }
+        if piece.apart:
+            return piece.one_by_one(lambda one: piece.family.points([one], weight, **options)[0])
         if piece.structures is None:
-            return piece.family.error_curve(weight, input_gram=inner, output_gram=outer, geometry=geometry)
-        return piece.family.points(
-            piece.structures, weight, input_gram=inner, output_gram=outer, geometry=geometry
-        )
+            return _Outcome(piece.family.error_curve(weight, **options))
+        return _Outcome(piece.family.points(piece.structures, weight, **options))
     finally:
         layer.release()
+
+
+def _following(
+    layer: LayerSurvey,
+    family: type[Structure],
+    kept: Mapping[Structure, float],
+    built: Collection[Structure],
+) -> list[_Piece]:
+    """What a family tries on a layer that others of its shape have scouted for."""
+    own = [one for one in kept if type(one) is family]
+    weighted = layer.input_gram is not None or layer.output_gram is not None
+    if not own or family.curve_work(weighted=weighted) != "whole":
+        return [_Piece.of(layer, family, own)] if own else []
+    # One factorisation gives all sizes of the ladder; those that build on other families come on top.
+    on_others = [one for one in own if one in built]
+    whole = [_Piece.of(layer, family)] if len(on_others) < len(own) else []
+    return [*whole, *([_Piece.of(layer, family, on_others)] if on_others else [])]
 
 
 def _takes(family: type[Structure], layer: LayerSurvey) -> bool:

@@ -96,7 +96,7 @@ class LatencyTable:
 
         Args:
             pairs: layers, each with a structure.
-            shown: whether to draw; where None, only on a terminal.
+            shown: whether to draw; where None, on a terminal (lines elsewhere).
         """
         missing = [
             (layer, structure) for layer, structure in pairs if self._key(layer, structure) not in self._known

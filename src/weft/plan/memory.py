@@ -94,7 +94,7 @@ class MemoryTable:
 
         Args:
             pairs: layers, each with a structure.
-            shown: whether to draw; where None, only on a terminal.
+            shown: whether to draw; where None, on a terminal (lines elsewhere).
         """
         missing = [pair for pair in pairs if (pair[0].name, pair[1]) not in self._known]
         for layer, structure in track(missing, "measuring memory", shown=shown):

@@ -10,6 +10,7 @@ from typing import Any
 from weft import checks
 from weft.plan.budget import Budget
 from weft.plan.pareto import Pareto
+from weft.plan.scouting import Scouted
 from weft.storage import read_json, write_text
 from weft.structures import from_json
 from weft.structures.base import Candidate, Cost, Structure
@@ -32,6 +33,7 @@ class Plan(Mapping[str, Structure]):
         others: layer name -> family -> why it was not chosen.
         pareto: the network's Pareto curves, all families together and each alone, with the plan's own point;
             None for a plan made by hand.
+        scouted: what was not tried, and what that is known from.
     """
 
     structures: dict[str, Structure]
@@ -43,6 +45,7 @@ class Plan(Mapping[str, Structure]):
     peak_memory: int | None = None
     others: dict[str, dict[str, str]] = field(default_factory=dict, compare=False)
     pareto: Pareto | None = field(default=None, compare=False)
+    scouted: tuple[Scouted, ...] = field(default=(), compare=False)
 
     def __getitem__(self, name: str) -> Structure:
         return self.structures[name]
@@ -89,6 +92,7 @@ class Plan(Mapping[str, Structure]):
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
             "layers": layers,
+            "scouted": [found.to_json() for found in self.scouted],
             "pareto": None if self.pareto is None else self.pareto.to_json(),
         }
 
@@ -135,10 +139,13 @@ class Plan(Mapping[str, Structure]):
             budget = Budget(**data["budget"]) if data.get("budget") else None
             total = Cost(**data["total"]) if data.get("total") else None
             pareto = Pareto.from_json(data["pareto"]) if data.get("pareto") else None
+            scouted = tuple(Scouted.from_json(found) for found in data.get("scouted") or ())
         except (TypeError, ValueError) as error:
-            raise ValueError(f"budget, total or curves of {path}: {error}") from error
+            raise ValueError(f"budget, total, curves or scouting of {path}: {error}") from error
         source, seconds, memory = (data.get(name) for name in ("source", "seconds", "peak_memory"))
-        return cls(structures, budget, expected, total, source or "", seconds, memory, others, pareto)
+        return cls(
+            structures, budget, expected, total, source or "", seconds, memory, others, pareto, scouted
+        )
 
 
 def _checked(entry: object) -> dict[str, Any]:

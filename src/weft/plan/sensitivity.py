@@ -154,7 +154,7 @@ def measure_sensitivity(
         batches: calibration data without labels, a few hundred samples; gone through once per layer.
         divergence: "squared", the distance of the outputs relative to their spread; "kullback_leibler", that
             of classifiers; or a function of the changed output and the dense network's.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         What the tried errors cost, for `allocate`.

@@ -260,7 +260,7 @@ def measure(
         batches: batch sizes for the latency.
         thread_counts: torch's thread counts; the current one where None.
         seconds: about how long to time each combination.
-        shown: whether to draw progress bars; where None, only on a terminal.
+        shown: whether to draw progress bars; where None, on a terminal (lines elsewhere).
 
     Returns:
         The report.

@@ -53,7 +53,7 @@ def correct_batch_norm(
         model: the compressed network, changed in place.
         dense: the dense network.
         batches: calibration data without labels.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         How many batch-norm layers were corrected.

@@ -56,7 +56,7 @@ def compress(
         workers: processes that fit, one thread each; 1 fits in this process, as sequential fits always do.
         ray: "local" or the address of a Ray cluster, in place of the processes.
         worker_memory: bytes that each of them may take; where None, the machine's shared out evenly.
-        shown: whether to draw progress bars; where None, only on a terminal.
+        shown: whether to draw progress bars; where None, on a terminal (lines elsewhere).
 
     Returns:
         The compressed network, in the modes and with the frozen weights of the dense one, and one log entry

@@ -76,7 +76,7 @@ class FineTune:
             checkpoint: a folder for the run's state; the same call with the same folder goes on from there.
             checkpoint_seconds: the least time between two checkpoints.
             described_as: what the run is besides, for its checkpoint, where another scheme calls.
-            shown: whether to draw a progress bar; where None, only on a terminal.
+            shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
         Returns:
             The trained network in the modes of the given one, and one log entry per step (step, epoch, loss,
@@ -161,7 +161,7 @@ def fine_tune(
         log: a file that gets one JSON line per step.
         checkpoint: a folder for the run's state; the same call with the same folder goes on from there.
         checkpoint_seconds: the least time between two checkpoints.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
         **options: fields of `FineTune`, `Training` and `Objective`: rates, epochs, learning_rate, optimiser,
             label_share, ...
 

@@ -147,7 +147,7 @@ def from_scratch(
         log: a file that gets one JSON line per step.
         checkpoint: a folder for the run's state; the same call with the same folder goes on from there.
         checkpoint_seconds: the least time between two checkpoints.
-        shown: whether to draw progress bars; where None, only on a terminal.
+        shown: whether to draw progress bars; where None, on a terminal (lines elsewhere).
         **options: fields of `FineTune`, `Training` and `Objective`.
 
     Returns:

@@ -451,7 +451,7 @@ class LearningCompression:
             log: a file that gets one JSON line per step; in the checkpoint's folder where None.
             checkpoint: a folder for the run's state; the same call with the same folder goes on from there.
             checkpoint_seconds: the least time between two checkpoints within an L step.
-            shown: whether to draw progress bars; where None, only on a terminal.
+            shown: whether to draw progress bars; where None, on a terminal (lines elsewhere).
 
         Returns:
             The compressed network, and the log: the training's steps, and after every C step lc_step, mu,

@@ -36,7 +36,7 @@ def choose_learning_rate(
         validation: held-out (inputs, labels) batches, or a function that gives a metric, larger is better.
         steps: how long each is tried.
         teacher: the network to learn from.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         The training with the rate whose steps led to the best metric; one whose loss is not finite loses.

@@ -91,7 +91,7 @@ def search(
         workers: processes that compute curves and fit, one thread each.
         ray: "local" or the address of a Ray cluster, in place of the processes.
         worker_memory: bytes that each of them may take; where None, the machine's shared out evenly.
-        shown: whether to draw progress bars; where None, only on a terminal.
+        shown: whether to draw progress bars; where None, on a terminal (lines elsewhere).
 
     Returns:
         The network, its plan and the steps.

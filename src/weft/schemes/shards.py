@@ -52,7 +52,7 @@ def compress_shards(
         workers: processes that fit, one thread each.
         ray: "local" or the address of a Ray cluster that sees the same files, in place of the processes.
         worker_memory: bytes that each of them may take; where None, the machine's shared out evenly.
-        shown: whether to draw a progress bar; where None, only on a terminal.
+        shown: whether to draw a progress bar; where None, on a terminal (lines elsewhere).
 
     Returns:
         One log entry per layer, as `compress` gives them, those of an earlier run included.

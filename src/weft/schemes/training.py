@@ -170,7 +170,7 @@ class Training:
             notes: fields that every entry gets, such as size.
             most_steps: ends after so many steps; the schedule stays that of the whole training.
             description: what the progress bar says.
-            shown: whether to draw it; where None, only on a terminal.
+            shown: whether to draw it; where None, on a terminal (lines elsewhere).
 
         Returns:
             The log.

@@ -66,6 +66,8 @@ __all__ = [
 _NUMBERS_AT_A_TIME = 2**20
 
 Shape = tuple[int, ...]
+# How the work of an error curve divides over its sizes; see `Structure.curve_work`.
+CurveWork = Literal["whole", "shared", "apart"]
 Derived = TypeVar("Derived")
 
 
@@ -1089,7 +1091,7 @@ class Structure(ABC):
         geometry: Geometry | None = None,
         inner: Iterable["Structure"] = (),
     ) -> list[Candidate]:
-        """Cost and error over the ladder of sizes, here of every candidate by itself.
+        """Cost and error over the ladder of sizes, here of those of `curve_sizes`.
 
         Args:
             weight: W.
@@ -1101,13 +1103,30 @@ class Structure(ABC):
         Returns:
             One candidate per size, cheapest first.
         """
+        checks.weight(weight)
+        inner = tuple(inner)
         return cls.points(
-            list(cls.candidates(tuple(weight.shape), inner)),
+            list(cls.candidates(tuple(weight.shape), inner)) if inner else cls.curve_sizes(weight),
             weight,
             input_gram=input_gram,
             output_gram=output_gram,
             geometry=geometry,
         )
+
+    @classmethod
+    def curve_sizes(cls, weight: Tensor) -> "list[Structure]":
+        """The sizes of a weight's error curve, cheapest first; here all candidates that stand by themselves.
+
+        A family with many kinds of sizes, of which a quick look at the weight tells the useful ones, replaces
+        this.
+
+        Args:
+            weight: W.
+
+        Returns:
+            Structures of this family.
+        """
+        return list(cls.candidates(tuple(weight.shape)))
 
     @classmethod
     def points(
@@ -1137,6 +1156,25 @@ class Structure(ABC):
             error = relative_error(weight, member, input_gram=input_gram, output_gram=output_gram)
             curve.append(Candidate(structure, member.cost(geometry), error))
         return curve
+
+    @classmethod
+    def curve_work(cls, *, weighted: bool) -> CurveWork:
+        """How the work of an error curve divides over its sizes, so that a planner may ask for part of it.
+
+        "whole": one factorisation gives all sizes, and part of them takes as long. "shared": sizes that are
+        asked for together (`points`) share work, and part of them takes less. "apart": every size is a fit
+        of its own. Here it follows from what a family replaces: `error_curve`, `points` or neither; a family
+        of which that says the wrong thing replaces this.
+
+        Args:
+            weighted: whether the errors are measured in a Gram.
+
+        Returns:
+            One of the three words.
+        """
+        if cls.error_curve.__func__ is not Structure.error_curve.__func__:
+            return "whole"
+        return "apart" if cls.points.__func__ is Structure.points.__func__ else "shared"
 
     @property
     def approximated(self) -> "Structure | None":

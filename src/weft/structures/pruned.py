@@ -28,6 +28,7 @@ from weft.numerics.pruning import Among, Grid, Objective, Pattern, prune, recons
 from weft.numerics.supports import decode_support, encode_support, pack_bits, unpack_bits
 from weft.structures.base import (
     Candidate,
+    CurveWork,
     Geometry,
     Gram,
     Rectangle,
@@ -392,14 +393,18 @@ class Pruned(Structure):
         return None if self.of == Dense() else self.of
 
     @classmethod
-    def error_curve(
+    def curve_work(cls, *, weighted: bool) -> CurveWork:
+        return "apart"  # the metric's decomposition, which sizes share, takes little beside the fits
+
+    @classmethod
+    def points(
         cls,
+        structures: Sequence[Structure],
         weight: Tensor,
         *,
         input_gram: Gram | None = None,
         output_gram: Gram | None = None,
         geometry: Geometry | None = None,
-        inner: Iterable[Structure] = (),
     ) -> list[Candidate]:
         """Every density with one decomposition of the metric."""
         checks.weight(weight)
@@ -409,8 +414,8 @@ class Pruned(Structure):
         objective = Objective(matrix, input_gram, output_gram)
         size = objective.error(torch.zeros_like(matrix))
         curve = []
-        for structure in cls.candidates(shape, inner):
-            if structure.of != Dense():
+        for structure in structures:
+            if not isinstance(structure, cls) or structure.of != Dense():
                 member = structure.fit(weight, input_gram=input_gram, output_gram=output_gram)
                 values = member.to_dense().detach().flatten(1).to(dtype)
             else:

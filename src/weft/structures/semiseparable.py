@@ -35,7 +35,6 @@ from weft.numerics.hankel_realisation import (
     truncation_error,
 )
 from weft.structures.base import (
-    Candidate,
     Geometry,
     Gram,
     Rectangle,
@@ -45,7 +44,6 @@ from weft.structures.base import (
     ladder,
     matrix_multiply_adds,
     matrix_shape,
-    relative_error,
 )
 
 StateDimensions = tuple[tuple[int, ...], tuple[int, ...]]
@@ -409,17 +407,8 @@ class SequentiallySemiseparable(Structure):
         return SequentiallySemiseparableMatrix(self, shape, **tensors)
 
     @classmethod
-    def error_curve(
-        cls,
-        weight: Tensor,
-        *,
-        input_gram: Gram | None = None,
-        output_gram: Gram | None = None,
-        geometry: Geometry | None = None,
-        inner: Iterable[Structure] = (),
-    ) -> list[Candidate]:
-        """Fits of the candidate that truncates best at each size, where it beats all smaller ones."""
-        checks.weight(weight)
+    def curve_sizes(cls, weight: Tensor) -> list[Structure]:
+        """Of candidates of about the same size that which truncates best, where it beats all smaller ones."""
         shape = tuple(weight.shape)
         matrix = weight.detach().to(torch.float32).flatten(1)
         best: dict[int, tuple[float, Self]] = {}
@@ -431,15 +420,12 @@ class SequentiallySemiseparable(Structure):
             best[size] = min(
                 best.get(size, (math.inf, structure)), (estimate, structure), key=lambda pair: pair[0]
             )
-        curve, least = [], math.inf
+        kept, least = [], math.inf
         for _, (estimate, structure) in sorted(best.items()):
-            if estimate >= least:
-                continue
-            least = estimate
-            member = structure.fit(weight, input_gram=input_gram, output_gram=output_gram)
-            error = relative_error(weight, member.to_dense(), input_gram=input_gram, output_gram=output_gram)
-            curve.append(Candidate(structure, member.cost(geometry), error))
-        return curve
+            if estimate < least:
+                least = estimate
+                kept.append(structure)
+        return kept
 
 
 class SequentiallySemiseparableMatrix(StructuredMatrix):

@@ -288,7 +288,10 @@ def _extrapolate(history: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         return history[0][0]
     moves = torch.stack([move.flatten() for _, move in history]).double()
     products = moves @ moves.T
-    products.diagonal().add_(1e-8 * float(products.diagonal().max()))
+    largest = float(products.diagonal().max())
+    if not largest > 0:  # nothing moved any more
+        return history[-1][0]
+    products.diagonal().add_(1e-8 * largest)
     ones = torch.ones(len(history), dtype=torch.float64)
     weights = torch.linalg.solve(products, ones)
     weights /= weights.sum()

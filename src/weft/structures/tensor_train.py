@@ -41,6 +41,7 @@ from weft.structures.base import (
     CONVOLUTIONS,
     PIECE,
     Candidate,
+    CurveWork,
     Geometry,
     Gram,
     Rectangle,
@@ -271,6 +272,10 @@ class TensorTrain(Structure):
         for name, size in zip(names, sizes, strict=True):
             checks.shape(name, tensors[name].shape, size, "load the file that belongs to this model")
         return TensorTrainMatrix(self, shape, *(tensors[name] for name in names))
+
+    @classmethod
+    def curve_work(cls, *, weighted: bool) -> CurveWork:
+        return "apart" if weighted else "whole"
 
     @classmethod
     def error_curve(
