@@ -613,3 +613,32 @@ def test_what_shards_cannot_be_combined_with_is_said(
     save_file({"0.weight": torch.ones(4, 4)}, folder / "dense" / "model.safetensors")
     assert weft(monkeypatch, command) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_plan_says_what_scouting_left_out_and_can_do_without(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "alike.py").write_text(
+        "import torch\n"
+        "def network():\n"
+        "    torch.manual_seed(0)\n"
+        "    layers = [torch.nn.Linear(16, 16, bias=False) for _ in range(5)]\n"
+        "    with torch.no_grad():\n"
+        "        for layer in layers:\n"
+        "            left, _, right = torch.linalg.svd(layer.weight)\n"
+        "            layer.weight.copy_(left * 0.6 ** torch.arange(16) @ right)\n"
+        "    return torch.nn.Sequential(*layers)\n"
+    )
+    assert weft(monkeypatch, "survey alike.py:network -o survey.json") == 0
+    command = "plan survey.json --budget parameters=0.4 --families LowRank,SparseProduct --workers 1"
+    plans = {}
+    for option in ("--scout", "--no-scout"):
+        capsys.readouterr()
+        assert weft(monkeypatch, f"{command} {option} --cache kept -o plan.json") == 0
+        shown = capsys.readouterr().out
+        plans[option] = json.loads((folder / "plan.json").read_text())
+        assert ("left out by scouting" in shown) == (option == "--scout")
+        assert bool(plans[option]["scouted"]) == (option == "--scout")
+        for found in plans[option]["scouted"]:
+            assert f"{found['layers'][0]}, by" in shown or f"like {found['layers'][0]}, by" in shown
+    assert plans["--scout"]["layers"].keys() == plans["--no-scout"]["layers"].keys()
