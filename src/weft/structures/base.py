@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property, partial
+from inspect import getattr_static
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
@@ -1172,9 +1173,12 @@ class Structure(ABC):
         Returns:
             One of the three words.
         """
-        if cls.error_curve.__func__ is not Structure.error_curve.__func__:
-            return "whole"
-        return "apart" if cls.points.__func__ is Structure.points.__func__ else "shared"
+        replaced = {
+            name
+            for name in ("error_curve", "points")
+            if getattr_static(cls, name) is not vars(Structure)[name]
+        }
+        return "whole" if "error_curve" in replaced else "shared" if replaced else "apart"
 
     @property
     def approximated(self) -> "Structure | None":
