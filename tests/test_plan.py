@@ -1011,7 +1011,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='must be JSON with "weft_plan": 1'):
         Plan.load(path)
     path.write_text('{"weft_plan": 1, "layers": {}, "budget": {"size": 3}}')
-    with pytest.raises(ValueError, match="budget, total or curves of .*'size'"):
+    with pytest.raises(ValueError, match="budget, total, curves or scouting of .*'size'"):
         Plan.load(path)
     with pytest.raises(FileNotFoundError, match="path must be an existing file"):
         Plan.load(tmp_path / "none.json")
