@@ -6,8 +6,9 @@ import pytest
 import torch
 from tests.examples import CONVOLUTION_SHAPES, GEOMETRIES, name_of
 from tests.test_structure_contract import dense_convolution, random_gram, random_weight
-from torch import Tensor
+from torch import Tensor, nn
 
+import weft
 from weft.layers.convolution import StructuredConvolution
 from weft.measure import network_cost
 from weft.numerics.gram import DenseGram
@@ -209,3 +210,23 @@ def test_a_rank_that_saturates_the_outer_cores_is_one_truncated_svd() -> None:
     assert relative_error(weight, structure.fit(weight).to_dense()) == pytest.approx(
         relative_error(tensor, best), rel=1e-9
     )
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.Conv2d(32, 32, 3, padding="same", dilation=2, groups=4),
+        nn.ConvTranspose2d(32, 16, 2, stride=2),
+        nn.Conv2d(32, 4, 1),
+    ],
+    ids=["strided", "grouped", "transposed", "pointwise"],
+)
+def test_convolutions_compile_into_one_graph(dense: nn.Module) -> None:
+    """Neither the search for the order of the cores nor the dense kernel may break the graph."""
+    model, x = nn.Sequential(dense).eval(), torch.randn(2, dense.in_channels, 8, 8)
+    small = weft.compress(model, {"0": TensorTrain(rank=2)}).model
+    torch._dynamo.reset()  # noqa: SLF001
+    with torch.no_grad():
+        compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), small(x), rtol=1e-4, atol=1e-5)

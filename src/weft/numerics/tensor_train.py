@@ -199,7 +199,7 @@ def from_train_order(tensor: Tensor, modes: Modes) -> Tensor:
     count = len(modes)
     apart = tensor.reshape([size for mode in modes for size in mode])
     order = [*range(0, 2 * count, 2), *range(1, 2 * count, 2)]
-    return apart.permute(order).reshape(math.prod(rows for rows, _ in modes), -1)
+    return apart.permute(order).reshape(math.prod([rows for rows, _ in modes]), -1)
 
 
 def contract(cores: Sequence[Tensor]) -> Tensor:

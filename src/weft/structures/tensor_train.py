@@ -453,9 +453,9 @@ class TensorTrainMatrix(StructuredMatrix):
         return result[:, : self.outputs].to(x.dtype).reshape(*x.shape[:-1], self.outputs)
 
     def convolve(self, x: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
-        if not self._family.runs_as_chain(self.shape, geometry):
+        plan = _chain_of(self._family, self.shape, geometry)
+        if plan is None:
             return super().convolve(x, geometry, bias)
-        plan = self._family.schedule(self.shape, geometry)
         operators, space = self._operators(plan), len(self.shape) - 2
         if self.padded_channels > self.shape[1]:
             x = F.pad(x, (0, 0) * space + (0, self.padded_channels - self.shape[1]))
@@ -486,7 +486,7 @@ class TensorTrainMatrix(StructuredMatrix):
         return self.modes[:-1] if len(self.shape) > 2 else self.modes
 
     def to_dense(self) -> Tensor:
-        rows = math.prod(rows for rows, _ in self.modes)
+        rows = math.prod([rows for rows, _ in self.modes])  # a list, which compilers trace
         matrix = contract(self.train_cores()).reshape(rows, self.padded_channels, -1)
         return matrix[: self.shape[0], : self.shape[1]].reshape(self.shape)
 
@@ -512,6 +512,12 @@ class TensorTrainMatrix(StructuredMatrix):
             Rectangle(0, 0, before * rows, columns * after, "dense", str(after), k)
             for k, (before, rows, columns, after) in enumerate(shapes, start=1)
         ]
+
+
+@torch.compiler.assume_constant_result
+def _chain_of(family: TensorTrain, shape: Shape, geometry: Geometry) -> Schedule | None:
+    """The order of a chain of convolutions; None where the dense kernel runs. Compilers do not trace it."""
+    return family.schedule(shape, geometry) if family.runs_as_chain(shape, geometry) else None
 
 
 def _in_pieces(run: Callable[[Tensor], Tensor], x: Tensor, peak: int) -> Tensor:
