@@ -20,6 +20,10 @@ namespace nb = nanobind;
 
 namespace {
 
+// What weft.kernels.dispatch expects of this library. Raised, in both places, by every change after which one of them
+// as it was before would make the other compute something else.
+constexpr int interface = 2;
+
 template <typename T>
 T *at(std::uintptr_t address) {
     return reinterpret_cast<T *>(address);
@@ -638,6 +642,7 @@ PyMethodDef fast_functions[] = {
 NB_MODULE(_native, module) {
     PyModule_AddFunctions(module.ptr(), fast_functions);
     module.def("know_torch", &know_torch, "Takes what the guard asks torch for.");
+    module.attr("interface") = interface;
     module.def("instructions", &weft::instructions_name, "Name of the instruction set in use.");
     module.def("use_instructions", &weft::use_instructions,
                "Uses the leaf kernels' copy of this name from now on; False where build or processor lack it.");

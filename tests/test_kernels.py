@@ -439,6 +439,22 @@ def test_unknown_route_is_refused_by_name():
     assert "WEFT_KERNELS must be 'native' or 'reference', got 'fast'" in result.stderr
 
 
+def test_a_native_library_of_another_version_is_not_used():
+    program = """
+import importlib, sys, types
+module = types.ModuleType("weft.kernels._native")
+module.interface = 1
+module.instructions = lambda: "AVX2"
+sys.modules["weft.kernels._native"] = module
+from weft import kernels
+print(kernels.route())
+"""
+    result = run_in_new_process(program, WEFT_KERNELS="native")
+    assert result.stdout.strip() == "reference (native kernels are of another version)"
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "native kernels are from another version of weft" in result.stderr
+
+
 def test_missing_native_library_is_said_in_one_line_and_nothing_else_changes():
     program = """
 import sys

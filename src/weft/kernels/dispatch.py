@@ -24,6 +24,21 @@ __all__ = [
 ]
 
 
+# The native library's that this code was written for: see native/bindings.cpp.
+_INTERFACE = 2
+
+
+def _without(what: str, briefly: str) -> str:
+    """Says once per process that the native kernels cannot be used, and what runs instead."""
+    # A logger without handlers writes its warnings to standard error, in one line.
+    logging.getLogger("weft.kernels").warning(
+        "weft: native kernels are %s; everything runs on the slower PyTorch reference. "
+        "Reinstall weft with a C++17 compiler at hand, or set WEFT_KERNELS=reference to silence this.",
+        what,
+    )
+    return f"reference (native kernels are {briefly})"
+
+
 def _load() -> tuple[Any, str]:
     """The native library and its description, or None and why it is not in use."""
     chosen = os.environ.get("WEFT_KERNELS", "native")
@@ -37,13 +52,10 @@ def _load() -> tuple[Any, str]:
     try:
         library = importlib.import_module("weft.kernels._native")
     except ImportError as error:
-        # A logger without handlers writes its warnings to standard error: one line, once per process.
-        logging.getLogger("weft.kernels").warning(
-            "weft: native kernels are missing (%s); everything runs on the slower PyTorch reference. "
-            "Reinstall weft with a C++17 compiler at hand, or set WEFT_KERNELS=reference to silence this.",
-            error,
-        )
-        return None, "reference (native kernels are not installed)"
+        return None, _without(f"missing ({error})", "not installed")
+    if getattr(library, "interface", None) != _INTERFACE:
+        # It would take what it is given for something else, and compute wrong numbers.
+        return None, _without("from another version of weft", "of another version")
     return library, f"native ({library.instructions()})"
 
 
