@@ -169,10 +169,12 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fits: list[tuple[Structure, int]] = []
+        self.shapes: list[tuple[Structure, tuple[int, ...]]] = []
         fit = Structure.fit
 
         def counted(one: Structure, weight: Tensor, **options: Any) -> StructuredMatrix:
             self.fits.append((one, hash(weight.detach().sum().item())))
+            self.shapes.append((one, tuple(weight.shape)))
             return fit(one, weight, **options)
 
         monkeypatch.setattr(Structure, "fit", counted)
@@ -267,6 +269,29 @@ def test_scouting_gives_a_trained_network_nearly_the_same_plan_for_less(
         fitted.append(counted.of(SparseProduct))
     assert losses[0] <= 1.02 * losses[1]
     assert fitted[0] <= work * fitted[1]
+
+
+def test_part_of_a_tall_matrix_tells_what_not_to_try_on_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Embedding(600, 12), nn.Linear(12, 12))
+    with torch.no_grad():
+        model[0].weight.mul_(torch.randint(0, 2, (600, 1)) + 0.2)  # rows that matter more and less
+    survey = weft.survey(model, [torch.randint(600, (50,)) for _ in range(4)])
+    families = [LowRank, Quantized, SparseProduct, Pruned]
+    tall = (600, 12)
+    counted = Counted(monkeypatch)
+    quick = error_curves(survey, families, costs=["bytes"])
+    assert not any(isinstance(one, SparseProduct) and shape == tall for one, shape in counted.shapes)
+    assert any(isinstance(one, SparseProduct) and shape == (48, 12) for one, shape in counted.shapes)
+    whole = error_curves(survey, families, costs=["bytes"], scout=False)
+    assert any(isinstance(one.structure, SparseProduct) for one in whole["0"])
+    told = {name: found for found in quick.scouted for name in found.left_out if found.layers == ("0",)}
+    assert "SparseProduct" in told
+    for share in (0.15, 0.3):
+        plans = [
+            weft.allocate(survey, families, weft.Budget(bytes=share), curves=one) for one in (quick, whole)
+        ]
+        losses = [sum(point.error**2 for point in plan.expected.values()) for plan in plans]
+        assert losses[0] <= 1.02 * losses[1]
 
 
 def test_a_single_family_is_tried_in_every_size() -> None:

@@ -19,6 +19,7 @@ from weft.plan.curve_cache import CurveCache, layer_digest
 from weft.plan.scouting import (
     MARGIN,
     ROWS_MARGIN,
+    USEFUL,
     Party,
     Scouted,
     climb,
@@ -142,13 +143,17 @@ class _Explorer:
         whole = [layer for name, layer in layers.items() if name not in followers and name not in parts]
         for_parts = {_PART + name: allowed[name] for name in parts}
         self.explore([*whole, *parts.values()], {**allowed, **for_parts})
-        able = {}
-        for name in parts:
-            kept, left = promising([self.found.pop(_PART + name)], self.costs, ROWS_MARGIN)
+        able, passed_over = {}, {}
+        for name, part in parts.items():
+            points = self.found.pop(_PART + name)
+            kept, left = promising([points], self.costs, ROWS_MARGIN, USEFUL)
             able[name] = [family for family in allowed[name] if any(type(one) is family for one in kept)]
             hopeless = {one: ratio for one, ratio in left.items() if type(one) not in able[name]}
             self._tell([name], [name], {}, hopeless)
-        self.explore([layers[name] for name in parts], able)
+            # Of the sizes that both have, those that were no good for the part.
+            known = {one for family in able[name] for one in family.curve_sizes(part.weight)}
+            passed_over[name] = known - kept.keys()
+        self.explore([layers[name] for name in parts], able, passed_over)
         for party in groups:
             self._follow(party, layers, allowed)
 
@@ -192,9 +197,15 @@ class _Explorer:
         return replace(piece, front=front, costs=tuple(self.costs)) if piece.apart else piece
 
     def explore(
-        self, layers: Sequence[LayerSurvey], allowed: Mapping[str, Sequence[type[Structure]]]
+        self,
+        layers: Sequence[LayerSurvey],
+        allowed: Mapping[str, Sequence[type[Structure]]],
+        passed_over: Mapping[str, Collection[Structure]] | None = None,
     ) -> None:
-        """All families of some layers: each by itself, then those that build on others."""
+        """All families of some layers: each by itself, then those that build on others.
+
+        Sizes that are passed over are not fitted where each is a fit of its own.
+        """
         pieces = []
         for layer in layers:
             self._begin(layer)
@@ -205,7 +216,10 @@ class _Explorer:
             ]
         self.gather([piece for piece in pieces if not piece.apart], "fitting")
         # What takes a fit per size comes when it is known what the others reach.
-        last = [piece for piece in pieces if piece.apart]
+        last = [
+            piece.without((passed_over or {}).get(piece.layer.name, ())) for piece in pieces if piece.apart
+        ]
+        last = [piece for piece in last if piece.structures]
         if self.climbs:
             last = [self._climb(piece) for piece in last]
         self.gather(last, "fitting size by size")
@@ -336,6 +350,10 @@ class _Piece:
         if structures is None and apart:
             structures = family.curve_sizes(layer.read().weight.detach().cpu())
         return cls(layer, family, None if structures is None else tuple(structures), apart)
+
+    def without(self, passed_over: Collection[Structure]) -> "_Piece":
+        """The same but for some sizes."""
+        return replace(self, structures=tuple(one for one in self.structures or () if one not in passed_over))
 
     def settled(self) -> _Outcome | None:
         """The outcome where all of it is known."""

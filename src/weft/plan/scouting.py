@@ -11,6 +11,7 @@ the ladder only until sizes are hopeless.
 Nothing here depends on how long anything took: the same survey gives the same curves.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -220,7 +221,7 @@ def _ratio(error: float, least: float) -> float:
 
 
 def promising(
-    scouts: Iterable[Sequence[Candidate]], costs: Sequence[str], margin: float
+    scouts: Iterable[Sequence[Candidate]], costs: Sequence[str], margin: float, useful: float = math.inf
 ) -> tuple[dict[Structure, float], dict[Structure, float]]:
     """The structures that were within the margin on a scout, and the others.
 
@@ -228,14 +229,16 @@ def promising(
         scouts: every scout's candidates.
         costs: the costs that count.
         margin: see `MARGIN`.
+        useful: the error from which on nothing is promising.
 
     Returns:
-        Both with their least ratio.
+        Both with their least ratio; that of what is of no use is at least above the margin.
     """
     least: dict[Structure, float] = {}
     for points in scouts:
         for point, ratio in zip(points, ratios(points, costs), strict=True):
-            least[point.structure] = min(ratio, least.get(point.structure, np.inf))
+            own = ratio if point.error < useful else max(ratio, math.nextafter(margin, math.inf))
+            least[point.structure] = min(own, least.get(point.structure, np.inf))
     return (
         {structure: ratio for structure, ratio in least.items() if ratio <= margin},
         {structure: ratio for structure, ratio in least.items() if ratio > margin},
