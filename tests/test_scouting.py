@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import weft
-from tests.examples import EXAMPLES, Example
+from tests.examples import Example, each_example
 from weft.plan.error_curves import error_curves
 from weft.plan.plan import Plan
 from weft.plan.scouting import MARGIN, climb, part_of_rows, parties, ratios
@@ -404,7 +404,7 @@ def test_a_plan_says_what_was_not_tried(tmp_path: Path) -> None:
         Plan.load(path)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+@each_example
 @pytest.mark.parametrize("weighted", [True, False])
 def test_part_of_a_curve_is_what_the_whole_one_has_there(example: Example, weighted: bool) -> None:
     shape = (20, 48)
