@@ -26,7 +26,10 @@ from weft.survey import LayerSurvey
 
 # So many layers of a shape scout for the others, where there are at least so many.
 SCOUTS, LEAST_LAYERS = 2, 4
-# A size is tried further where its error is at most so many times the least of others at no more cost.
+# A size is tried further where its error is at most so many times the least of others at no more cost. On
+# blocks of 64x64 of twelve of a sentence encoder's matrices, by bytes: of the sizes that nothing beats on one
+# of them 2.4 % are beyond 1.0 on two others, 0.6 % beyond 1.1, 0.4 % beyond 1.25 (all of a family whose curve
+# comes whole) and 0.03 % beyond 2, while 20, 25, 27 and 33 % of all sizes are tried.
 MARGIN = 1.25
 # The same for families, of which part of the rows decides: costs that do not grow with rows weigh less there.
 ROWS_MARGIN = 1.5
