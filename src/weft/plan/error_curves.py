@@ -143,7 +143,7 @@ class _Explorer:
         whole = [layer for name, layer in layers.items() if name not in followers and name not in parts]
         for_parts = {_PART + name: allowed[name] for name in parts}
         self.explore([*whole, *parts.values()], {**allowed, **for_parts})
-        able, passed_over = {}, {}
+        able, builders, passed_over = {}, {}, {}
         for name, part in parts.items():
             points = self.found.pop(_PART + name)
             kept, left = promising([points], self.costs, ROWS_MARGIN, USEFUL)
@@ -152,8 +152,12 @@ class _Explorer:
             self._tell([name], [name], {}, hopeless)
             # Of the sizes that both have, those that were no good for the part.
             known = {one for family in able[name] for one in family.curve_sizes(part.weight)}
-            passed_over[name] = known - kept.keys()
-        self.explore([layers[name] for name in parts], able, passed_over)
+            built = self.built.pop(_PART + name, set())
+            passed_over[name] = (known | built) - kept.keys()
+            builders[name] = [
+                family for family in able[name] if any(type(one) is family for one in kept.keys() & built)
+            ]
+        self.explore([layers[name] for name in parts], able, builders, passed_over)
         for party in groups:
             self._follow(party, layers, allowed)
 
@@ -200,12 +204,14 @@ class _Explorer:
         self,
         layers: Sequence[LayerSurvey],
         allowed: Mapping[str, Sequence[type[Structure]]],
+        builders: Mapping[str, Sequence[type[Structure]]] | None = None,
         passed_over: Mapping[str, Collection[Structure]] | None = None,
     ) -> None:
-        """All families of some layers: each by itself, then those that build on others.
+        """All families of some layers: each by itself, then those that build on others, all or the builders.
 
-        Sizes that are passed over are not fitted where each is a fit of its own.
+        Sizes that are passed over are not fitted where each is a fit of its own, or builds on others.
         """
+        builders, passed_over = builders or allowed, passed_over or {}
         pieces = []
         for layer in layers:
             self._begin(layer)
@@ -216,9 +222,7 @@ class _Explorer:
             ]
         self.gather([piece for piece in pieces if not piece.apart], "fitting")
         # What takes a fit per size comes when it is known what the others reach.
-        last = [
-            piece.without((passed_over or {}).get(piece.layer.name, ())) for piece in pieces if piece.apart
-        ]
+        last = [piece.without(passed_over.get(piece.layer.name, ())) for piece in pieces if piece.apart]
         last = [piece for piece in last if piece.structures]
         if self.climbs:
             last = [self._climb(piece) for piece in last]
@@ -227,8 +231,8 @@ class _Explorer:
         for layer in layers:
             known = self.found[layer.name]
             inner = _thinned([point for point in known if not isinstance(point.structure, Dense)], self.costs)
-            for family in allowed[layer.name]:
-                alone = set(family.candidates(layer.shape))
+            for family in builders[layer.name]:
+                alone = {*family.candidates(layer.shape), *passed_over.get(layer.name, ())}
                 built = (
                     [one for one in family.candidates(layer.shape, inner) if one not in alone]
                     if inner
