@@ -108,7 +108,13 @@ def error_curves(
     else:
         explorer.explore(list(survey.layers.values()), allowed)
     curves = {name: _by_family(explorer.found[name]) for name in survey.layers}
-    return ErrorCurves(curves, explorer.scouted)
+    places = {name: place for place, name in enumerate(survey.layers)}
+
+    def place(told: Scouted) -> tuple[int, tuple[str, ...], list[str]]:
+        return places[told.layers[0]], told.scouts, list(told.left_out)
+
+    # Workers end in any order.
+    return ErrorCurves(curves, sorted(explorer.scouted, key=place))
 
 
 class _Explorer:
