@@ -173,10 +173,6 @@ inline void strip_of(const weft::ColumnsProductOf<Weight> &p, std::int64_t begin
 template <int Widest, typename Weight>
 inline void in_strips(const weft::ColumnsProductOf<Weight> &p) {
     const std::int64_t vectors = (p.outputs + Vector::width - 1) / Vector::width;
-    if (vectors <= Widest) {  // the usual case, which need not wait for divisions
-        strip_of(p, 0, vectors);
-        return;
-    }
     const std::int64_t strips = (vectors + Widest - 1) / Widest;
     for (std::int64_t s = 0; s < strips; ++s) strip_of(p, vectors * s / strips, vectors * (s + 1) / strips);
 }

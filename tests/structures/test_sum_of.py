@@ -159,6 +159,11 @@ def test_nesting_deeper_than_two_is_refused() -> None:
         SumOf((SumOf((SumOf((LowRank(1),)),)),))
 
 
+def test_rounds_that_no_longer_move_end_where_they_are() -> None:
+    reached, still = drawn(*SHAPE), torch.zeros(SHAPE, dtype=torch.float64)
+    assert torch.equal(_extrapolate([(reached + 1, still), (reached, still)]), reached)
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
 def test_every_family_is_a_term_whose_values_can_be_refined(example: Example) -> None:
     weight, gram = drawn(*SHAPE), gram_of(SHAPE[1])

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -175,7 +176,7 @@ class BlockLayout:
         Returns:
             `strips`, `right` and `dense`, each flat, where there are numbers for it.
         """
-        rights = [values[index].right for index in range(len(values))]
+        rights = [value.right for value in values]
 
         def left_parts(stacks: Sequence[Stack]) -> list[Tensor]:
             return [
@@ -231,7 +232,9 @@ class BlockLayout:
                 parts = matrix.split([depth_of(self.tiles[index]) for index in indices], dim=dim)
                 for index, part in zip(indices, parts, strict=True):
                     found.setdefault(index, []).append((start, part.mT))
-        return {index: [part for _, part in sorted(parts, key=_place)] for index, parts in found.items()}
+        return {
+            index: [part for _, part in sorted(parts, key=itemgetter(0))] for index, parts in found.items()
+        }
 
 
 def batches(stacks: Sequence[Stack], flat: Tensor | None) -> list[tuple[Stack, Tensor]]:
@@ -285,10 +288,6 @@ def _inner_size(tile: Tile) -> int:
 
 def _width(tile: Tile) -> int:
     return tile.width
-
-
-def _place(part: tuple[int, Tensor]) -> int:
-    return part[0]
 
 
 def _below_each_other(parts: Sequence[Tensor]) -> Tensor:

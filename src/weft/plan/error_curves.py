@@ -254,7 +254,7 @@ class _Explorer:
         """Curves from the cache, the others from whoever works."""
         open_pieces = []
         for given in pieces:
-            piece = given if self.kept is None else replace(given, known=self._load(given))
+            piece = replace(given, known=self._load(given))
             outcome = piece.settled()
             if outcome is None:
                 open_pieces.append(piece)
@@ -305,7 +305,8 @@ class _Explorer:
         return [CurveCache.key(content, piece.family, ladder)]
 
     def _load(self, piece: "_Piece") -> tuple[Candidate, ...] | None:
-        assert self.kept is not None  # noqa: S101
+        if self.kept is None:
+            return None
         curves = [self.kept.load(key) for key in self._keys(piece)]
         if not piece.apart:
             return None if curves[0] is None else tuple(curves[0])

@@ -37,6 +37,7 @@ from weft.numerics.gram import (
     row_weights,
     squared_error,
 )
+from weft.numerics.nearest_low_rank import errors_by_rank
 
 __all__ = [
     "BlockDiagonalGram",
@@ -415,6 +416,38 @@ def ladder(low: int, high: int, *, ratio: float = 1.25) -> Iterator[int]:
         size = max(size + 1, round(size * ratio))
     if high >= low:
         yield high
+
+
+def points_by_rank(
+    of_rank: "Callable[[int], Structure]",
+    largest: int,
+    weight: Tensor,
+    *,
+    input_gram: Gram | None,
+    output_gram: Gram | None,
+    geometry: Geometry | None,
+) -> "list[Candidate]":
+    """The curve of a family whose members are the matrices of a rank, from one SVD.
+
+    The squared error of rank r is Σ σ_k² over k > r.
+
+    Args:
+        of_rank: the structure of a rank.
+        largest: the largest rank.
+        weight: W.
+        input_gram: Ĝ, of one block; the identity where None.
+        output_gram: H; the identity where None.
+        geometry: the convolution's; its input size makes multiply-adds those of an image.
+
+    Returns:
+        One candidate per rank, cheapest first; large ranks stand one per cent apart, so that the curves of
+        many large layers fit into memory.
+    """
+    checks.weight(weight)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    errors = errors_by_rank(weight.detach().to(dtype).flatten(1), input_gram, output_gram).tolist()
+    ranks = ladder(1, largest, ratio=1.01)
+    return [of_rank(rank).point(weight, errors[rank - 1], geometry) for rank in ranks]
 
 
 def relative_error(
@@ -969,9 +1002,8 @@ class Structure(ABC):
         """The member nearest to a weight in ‖H^{1/2}(W − Ŵ)Ĝ^{1/2}‖_F.
 
         Computed in float64 for float64 weights, else in float32, also under autocast; stored in the weight's
-        dtype. A weight
-        that is not finite, a Gram or a start of another shape, and a size that is impossible for the weight
-        are ValueErrors.
+        dtype. A weight that is not finite, a Gram or a start of another shape, and a size that is impossible
+        for the weight are ValueErrors.
 
         Args:
             weight: W, shape (outputs, inputs) or (outputs, channels, *kernel), floating.

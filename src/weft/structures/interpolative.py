@@ -18,7 +18,7 @@ from weft import checks
 from weft.kernels.block_sequence import Program, Segment, Space, Step, block_sequence_apply, write_program
 from weft.numerics.gram import BlockDiagonalGram
 from weft.numerics.maxvol import rows_of_large_volume
-from weft.numerics.nearest_low_rank import errors_by_rank, nearest_of_rank
+from weft.numerics.nearest_low_rank import nearest_of_rank
 from weft.structures.base import (
     Candidate,
     Cost,
@@ -31,6 +31,7 @@ from weft.structures.base import (
     channels_last,
     ladder,
     matrix_shape,
+    points_by_rank,
     pointwise,
 )
 
@@ -146,12 +147,14 @@ class Interpolative(Structure):
             return super().error_curve(
                 weight, input_gram=input_gram, output_gram=output_gram, geometry=geometry, inner=inner
             )
-        checks.weight(weight)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        errors = errors_by_rank(weight.detach().to(dtype).flatten(1), input_gram, output_gram).tolist()
-        # Large ranks stand one per cent apart, so that the curves of many large layers fit into memory.
-        ranks = ladder(1, _largest(tuple(weight.shape)), ratio=1.01)
-        return [cls(rank).point(weight, errors[rank - 1], geometry) for rank in ranks]
+        return points_by_rank(
+            cls,
+            _largest(tuple(weight.shape)),
+            weight,
+            input_gram=input_gram,
+            output_gram=output_gram,
+            geometry=geometry,
+        )
 
 
 class InterpolativeMatrix(StructuredMatrix):

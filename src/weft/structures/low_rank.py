@@ -17,7 +17,7 @@ from weft import checks
 from weft.kernels.low_rank import low_rank_apply
 from weft.numerics.aca import adaptive_cross_approximation
 from weft.numerics.gram import BlockDiagonalGram
-from weft.numerics.nearest_low_rank import errors_by_rank, nearest_of_rank
+from weft.numerics.nearest_low_rank import nearest_of_rank
 from weft.numerics.rank_revealing_qr import rank_revealing_qr
 from weft.numerics.svd import randomized_svd, truncated_svd
 from weft.structures.base import (
@@ -31,6 +31,7 @@ from weft.structures.base import (
     channels_last,
     ladder,
     matrix_shape,
+    points_by_rank,
     pointwise,
 )
 
@@ -153,12 +154,14 @@ class LowRank(Structure):
             return super().error_curve(
                 weight, input_gram=input_gram, output_gram=output_gram, geometry=geometry, inner=inner
             )
-        checks.weight(weight)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        errors = errors_by_rank(weight.detach().to(dtype).flatten(1), input_gram, output_gram).tolist()
-        # Large ranks stand one per cent apart, so that the curves of many large layers fit into memory.
-        ranks = ladder(1, _break_even(tuple(weight.shape)), ratio=1.01)
-        return [cls(rank).point(weight, errors[rank - 1], geometry) for rank in ranks]
+        return points_by_rank(
+            cls,
+            _break_even(tuple(weight.shape)),
+            weight,
+            input_gram=input_gram,
+            output_gram=output_gram,
+            geometry=geometry,
+        )
 
 
 def _break_even(shape: Shape) -> int:
