@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <vector>
@@ -85,8 +86,9 @@ struct Torch {
     PyObject *questions, *answers;
     PyObject *forward_mode, *no_level;  // a module, and its level where forward-mode differentiation is off
     const dlpack::Exchange *exchange;   // null in versions of torch before 2.10: its attributes are asked instead
+    PyObject *empty_strided;            // (sizes, strides, dtype) to a new tensor in host memory
     // Names.
-    PyObject *dtype, *is_cpu, *requires_grad, *is_contiguous, *is_neg, *data_ptr, *shape, *new_empty, *level;
+    PyObject *dtype, *is_cpu, *requires_grad, *is_contiguous, *is_neg, *data_ptr, *shape, *level;
 };
 
 Torch torch;  // nothing is known until know_torch
@@ -102,7 +104,7 @@ const dlpack::Exchange *exchange_of(PyObject *tensor) {
 
 void know_torch(nb::object tensor, nb::object parameter, nb::object float32, nb::object bfloat16, nb::object uint8,
                 nb::object is_grad_enabled, nb::object get_num_threads, nb::tuple questions, nb::tuple answers,
-                nb::object forward_mode, bool by_exchange) {
+                nb::object forward_mode, nb::object empty_strided, bool by_exchange) {
     torch.exchange = by_exchange ? exchange_of(tensor.ptr()) : nullptr;
     torch.tensor = tensor.release().ptr();
     torch.parameter = parameter.release().ptr();
@@ -114,6 +116,7 @@ void know_torch(nb::object tensor, nb::object parameter, nb::object float32, nb:
     torch.questions = questions.release().ptr();
     torch.answers = answers.release().ptr();
     torch.forward_mode = forward_mode.release().ptr();
+    torch.empty_strided = empty_strided.release().ptr();
     torch.no_level = PyLong_FromLong(-1);
     torch.level = PyUnicode_InternFromString("_current_level");
     torch.dtype = PyUnicode_InternFromString("dtype");
@@ -123,7 +126,6 @@ void know_torch(nb::object tensor, nb::object parameter, nb::object float32, nb:
     torch.is_neg = PyUnicode_InternFromString("is_neg");
     torch.data_ptr = PyUnicode_InternFromString("data_ptr");
     torch.shape = PyUnicode_InternFromString("shape");
-    torch.new_empty = PyUnicode_InternFromString("new_empty");
 }
 
 // 1 where `found`, whose reference it takes, is `wanted`, 0 where it is not, -1 with an exception set.
@@ -289,25 +291,38 @@ PyObject *takes_raw_pointers(PyObject *, PyObject *const *tensors, Py_ssize_t co
     Py_RETURN_FALSE;
 }
 
-// A new tensor of the input's shape but for the last extent, and its address; null and an exception set on failure.
-PyObject *new_result(PyObject *x, const Plain &shape, std::int64_t outputs, std::uintptr_t &place) {
-    PyObject *call[most_axes + 1] = {x};
-    for (Py_ssize_t axis = 0; axis < shape.axes; ++axis) {
-        call[axis + 1] = PyLong_FromLongLong(axis + 1 < shape.axes ? shape.shape[axis] : outputs);
-        if (call[axis + 1] == nullptr) {
-            while (axis > 0) Py_DECREF(call[axis--]);
-            return nullptr;
-        }
+// A tuple of whole numbers; null and an exception set where memory was missing.
+PyObject *tuple_of(const std::int64_t *numbers, Py_ssize_t count) {
+    Owned tuple(PyTuple_New(count));
+    for (Py_ssize_t i = 0; tuple && i < count; ++i) {
+        PyObject *number = PyLong_FromLongLong(numbers[i]);
+        if (number == nullptr) return nullptr;
+        PyTuple_SET_ITEM(tuple.get(), i, number);
     }
-    Owned result(
-        PyObject_VectorcallMethod(torch.new_empty, call, static_cast<std::size_t>(shape.axes + 1), nullptr));
-    for (Py_ssize_t axis = 0; axis < shape.axes; ++axis) Py_DECREF(call[axis + 1]);
+    return tuple.release();
+}
+
+// A new tensor of the input's shape but for the last extent, and its address; null and an exception set on failure.
+PyObject *new_result(const Plain &shape, std::int64_t outputs, std::uintptr_t &place) {
+    std::int64_t extents[most_axes], strides[most_axes];
+    std::int64_t stride = 1;
+    for (Py_ssize_t axis = shape.axes - 1; axis >= 0; --axis) {
+        extents[axis] = axis + 1 < shape.axes ? shape.shape[axis] : outputs;
+        strides[axis] = stride;
+        stride *= std::max<std::int64_t>(extents[axis], 1);
+    }
+    const Owned sizes(tuple_of(extents, shape.axes));
+    if (!sizes) return nullptr;
+    const Owned steps(tuple_of(strides, shape.axes));
+    if (!steps) return nullptr;
+    PyObject *call[] = {sizes.get(), steps.get(), shape.half ? torch.bfloat16 : torch.float32};
+    Owned result(PyObject_Vectorcall(torch.empty_strided, call, 3, nullptr));
     if (!result) return nullptr;
     Plain made;  // fresh, so that nothing but its place is in question
     const int yes = describe_either_way(result.get(), Numbers::floating, made);
     if (yes < 0) return nullptr;
     if (yes == 0 || made.half != shape.half || made.count() != shape.batch() * outputs) {
-        PyErr_SetString(PyExc_RuntimeError, "new_empty gave another tensor than was asked for");
+        PyErr_SetString(PyExc_RuntimeError, "empty_strided gave another tensor than was asked for");
         return nullptr;
     }
     place = made.data;
@@ -317,9 +332,9 @@ PyObject *new_result(PyObject *x, const Plain &shape, std::int64_t outputs, std:
 // Runs product(address of the result) without Python's lock. Returns the result; null and an exception set where
 // memory was missing.
 template <typename Product>
-PyObject *run(PyObject *x, const Plain &shape, std::int64_t outputs, Product &&product) {
+PyObject *run(const Plain &shape, std::int64_t outputs, Product &&product) {
     std::uintptr_t place = 0;
-    Owned out(new_result(x, shape, outputs, place));
+    Owned out(new_result(shape, outputs, place));
     if (!out) return nullptr;
     bool enough = true;
     Py_BEGIN_ALLOW_THREADS
@@ -355,8 +370,8 @@ const float *as_floats(const Plain &tensor, Piece piece) {
 
 // As `run`, by product(x, bias, result) in floats whatever the tensors hold; the bias null where there is none.
 template <typename Product>
-PyObject *run_in_floats(PyObject *x, const Plain &shape, std::uintptr_t bias, std::int64_t outputs, Product &&product) {
-    return run(x, shape, outputs, [&](float *out) {
+PyObject *run_in_floats(const Plain &shape, std::uintptr_t bias, std::int64_t outputs, Product &&product) {
+    return run(shape, outputs, [&](float *out) {
         const float *vectors = as_floats(shape, vectors_piece), *added = as_floats(bias, outputs, shape.half, bias_piece);
         if (!shape.half) {
             product(vectors, added, out);
@@ -405,7 +420,7 @@ PyObject *low_rank_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
                                                             rank, outputs},
                              static_cast<int>(threads[0]));
     };
-    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+    return run_in_floats(x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
         if (x.half) apply(weft::Bfloat16(), vectors, added, out);
         else apply(0.0f, vectors, added, out);
     });
@@ -481,7 +496,7 @@ PyObject *block_sequence_apply(PyObject *, PyObject *const *given, Py_ssize_t co
         weft::block_sequence_apply(weft::BlockSequenceOf<Weight>{code, weights_at, vectors, added, out, x.batch()},
                                    static_cast<int>(threads));
     };
-    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+    return run_in_floats(x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
         if (x.half) apply(weft::Bfloat16(), vectors, added, out);
         else apply(0.0f, vectors, added, out);
     });
@@ -504,7 +519,7 @@ PyObject *sparse_chain_apply(PyObject *, PyObject *const *given, Py_ssize_t coun
     if (!arguments.serve()) return arguments.declined();
     arguments.require(x.axes >= 1 && x.last() == inputs && values.count() == entries && values.half == x.half);
     if (!arguments.serve()) return arguments.declined();
-    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+    return run_in_floats(x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
         std::vector<weft::SparseSupport> supports;
         const auto *row = at<const std::int64_t>(table);
         for (std::int64_t i = 0; i < matrices; ++i, row += 5)
@@ -546,7 +561,7 @@ PyObject *quantized_apply(PyObject *, PyObject *const *given, Py_ssize_t count) 
         arguments.require(zeros.has_shape(outputs, inputs / group) && zeros.half == x.half);
     }
     if (!arguments.serve()) return arguments.declined();
-    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+    return run_in_floats(x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
         const weft::QuantizedProduct product = {
             {at<const std::uint8_t>(codes.data), as_floats(scales, first_piece), as_floats(zeros, second_piece),
              nullptr, 0, inputs, outputs, group, static_cast<int>(bits)},
@@ -572,7 +587,7 @@ PyObject *codebook_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
     arguments.require(x.axes >= 1 && x.last() == inputs && book.half == x.half &&
                       (book.has_shape(1, values) || book.has_shape(outputs, values)));
     if (!arguments.serve()) return arguments.declined();
-    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+    return run_in_floats(x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
         weft::quantized_float({{at<const std::uint8_t>(codes.data), nullptr, nullptr, as_floats(book, first_piece),
                                 book.shape[0] == 1 ? 0 : values, inputs, outputs, inputs, static_cast<int>(bits)},
                                vectors, added, out, x.batch()},
@@ -602,7 +617,7 @@ PyObject *codewords_apply(PyObject *, PyObject *const *given, Py_ssize_t count) 
                       codes.shape[1] == (codewords <= 16 ? (subspaces + 1) / 2 : subspaces));
     arguments.require(x.axes >= 1 && x.last() == subspaces * width);
     if (!arguments.serve()) return arguments.declined();
-    return run_in_floats(given[0], x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
+    return run_in_floats(x, bias, outputs, [&](const float *vectors, const float *added, float *out) {
         const weft::CodewordMatrix matrix = {
             at<const std::uint8_t>(codes.data), as_floats(words, first_piece),
             as_floats(scales, outputs, x.half, second_piece), outputs, subspaces, books, codewords, width};

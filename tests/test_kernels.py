@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from weft import kernels
 from weft.kernels import dispatch, low_rank
+from weft.structures.hierarchical import Hierarchical
 
 needs_native = pytest.mark.skipif(dispatch.native is None, reason="this process runs the reference")
 
@@ -106,10 +107,10 @@ def test_unknown_instructions_change_nothing():
 
 
 @needs_native
-def test_native_product_writes_nothing_outside_its_output(monkeypatch):
+def test_native_product_writes_nothing_outside_its_output(results_go_to):
     x, left, right, bias = factors((5,), 13, 17, 3)
     memory = torch.full((5 * 13 + 2 * 64,), 7.0)
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *_: memory[64:-64].view(5, 13))
+    results_go_to(memory[64:-64].view(5, 13))
     assert dispatch.native.low_rank_apply(x, left, right, bias, 2) is not None
     assert (memory[64:-64] != 7).all()
     assert (memory[:64] == 7).all()
@@ -378,10 +379,44 @@ def test_guard_without_the_exchange_of_descriptions_says_the_same():
     try:
         by_attributes, y = answers()
     finally:
-        dispatch._introduce_torch(by_exchange=True)
+        dispatch._introduce_torch()
     assert by_exchange == by_attributes
     assert by_exchange == [True, True, False, False, False, False, True, True, False, False]
     assert torch.equal(y, expected)
+
+
+@needs_native
+@pytest.mark.parametrize("empty_strided", [dispatch._empty_strided, dispatch._by_dispatcher])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,), (2, 0, 3)])
+def test_a_native_result_is_a_tensor_like_any_other(batch, empty_strided):
+    """That it is made past the dispatcher shows in no stride, mode or version."""
+    matrix = Hierarchical(rank=1, leaf_size=2).initialise((5, 7)).requires_grad_(False)
+    x = torch.randn(*batch, 7)
+    usual = functional.linear(x, matrix.to_dense())
+    dispatch._introduce_torch(empty_strided=empty_strided)
+    try:
+        assert dispatch.takes_raw_pointers(x, *matrix.parameters())
+        y = matrix(x)
+        with torch.inference_mode():
+            assert matrix(x).is_inference()
+    finally:
+        dispatch._introduce_torch()
+    assert type(y) is torch.Tensor
+    assert (y.shape, y.stride(), y.dtype, y.device) == (
+        usual.shape,
+        usual.stride(),
+        usual.dtype,
+        usual.device,
+    )
+    assert not y.is_inference()
+    assert not y.requires_grad
+    assert y.is_leaf
+    assert y.untyped_storage().nbytes() == usual.untyped_storage().nbytes()
+    assert y._version == 0
+    assert y.add_(1.0)._version == 1
+    assert y.resize_(50, 40).untyped_storage().nbytes() == 8000
+    assert y.requires_grad_().sum().backward() is None
+    assert y.grad is not None
 
 
 def test_eight_threads_at_once_get_their_own_results():

@@ -196,11 +196,11 @@ def test_threads_share_the_work_and_give_the_same_product(threads, batch):
 
 
 @needs_native
-def test_native_product_writes_nothing_outside_its_output(monkeypatch):
+def test_native_product_writes_nothing_outside_its_output(results_go_to):
     program, matrices, _, _ = rank_two_states(37, 21, 5, orders=True)
     memory = torch.full((64 + 3 * 37 + 64,), 7.0)
     x = torch.randn(3, 21)
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *_: memory[64:-64].view(3, 37))
+    results_go_to(memory[64:-64].view(3, 37))
     block_sequence.block_sequence_apply(x, matrices, program, None, refuse)
     assert (memory[:64] == 7).all()
     assert (memory[-64:] == 7).all()

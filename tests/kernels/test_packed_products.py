@@ -432,7 +432,7 @@ def test_numbers_that_are_none_spoil_their_own_vector_only(copy_of_the_kernels, 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_nothing_is_read_beyond_the_codes_nor_written_beyond_the_output(
-    copy_of_the_kernels, bits, monkeypatch
+    copy_of_the_kernels, bits, results_go_to
 ):
     """The codes end where the process's memory does; the output lies between marks."""
     page = mmap.PAGESIZE
@@ -452,11 +452,10 @@ def test_nothing_is_read_beyond_the_codes_nor_written_beyond_the_output(
             marked = torch.full((count * 6 + 64,), 7.0)
             inside = marked[32:-32].view(count, 6)
             for int8 in (False, True):
-                with monkeypatch.context() as patched:
-                    patched.setattr(torch.Tensor, "new_empty", lambda *_: inside)  # noqa: B023
-                    y = dispatch.native.quantized_apply(
-                        many, at_the_end, scales, None, bias, bits, group, inputs, int8, 1
-                    )
+                results_go_to(inside)
+                y = dispatch.native.quantized_apply(
+                    many, at_the_end, scales, None, bias, bits, group, inputs, int8, 1
+                )
                 assert y.data_ptr() == marked[32:].data_ptr()
                 assert (marked[:32] == 7).all()
                 assert (marked[-32:] == 7).all()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import guards
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -89,12 +90,24 @@ _MODES: _Questions = (*_DISPATCH_MODES, (torch._C._is_any_autocast_enabled, Fals
 _FUNCTION_MODES: _Questions = ((torch._C._len_torch_function_stack, 0),)
 
 
-def _introduce_torch(*, by_exchange: bool) -> None:
-    """Tells the native library whom to ask about tensors.
+def _by_dispatcher(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(sizes, strides, dtype=dtype, device="cpu")
+
+
+# What inductor's graphs make their results with. It goes past the dispatcher, behind which nothing waits
+# where the guard has let a call through, and costs half as much.
+_empty_strided = getattr(guards, "_empty_strided_cpu", _by_dispatcher)
+
+
+def _introduce_torch(
+    *, by_exchange: bool = True, empty_strided: Callable[..., Tensor] = _empty_strided
+) -> None:
+    """Tells the native library whom to ask about tensors, and for new ones.
 
     Args:
         by_exchange: Whether it may ask through DLPack's table of functions, which torch has from 2.10 on, not
             for one attribute of a tensor after the other, which costs three times as much.
+        empty_strided: What gives a tensor on the host of some sizes, strides and dtype.
     """
     questions, answers = zip(*_TRANSFORMS, *_MODES, *_FUNCTION_MODES, strict=True)
     native.know_torch(
@@ -108,12 +121,13 @@ def _introduce_torch(*, by_exchange: bool) -> None:
         questions,
         answers,
         forward_ad,
+        empty_strided,
         by_exchange,
     )
 
 
 if native is not None:
-    _introduce_torch(by_exchange=True)
+    _introduce_torch()
 _native_guard = None if native is None else native.takes_raw_pointers
 
 
