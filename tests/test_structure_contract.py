@@ -375,6 +375,27 @@ def test_tensors_rebuild_the_member(example: Example, shape: Shape) -> None:
 
 
 @each_example
+def test_a_loaded_state_is_the_other_member(example: Example) -> None:
+    one, other = (
+        example.structure(ONE_SHAPE).fit(
+            torch.randn(ONE_SHAPE, generator=torch.Generator().manual_seed(seed))
+        )
+        for seed in (1, 2)
+    )
+    sizes, others = ({name: tensor.shape for name, tensor in m.stored().items()} for m in (one, other))
+    if sizes != others:
+        pytest.skip("these two members are of different sizes")
+    x = torch.randn(3, one.inputs)
+    with torch.no_grad():
+        one(x), one.rows(torch.tensor([0]))  # whatever is kept for later calls is there
+        one.load_state_dict(other.state_dict())
+        torch.testing.assert_close(one.to_dense(), other.to_dense())
+        torch.testing.assert_close(one(x), other(x))
+        indices = torch.arange(one.outputs)
+        torch.testing.assert_close(one.rows(indices), other.rows(indices))
+
+
+@each_example
 def test_missing_surplus_and_misshapen_tensors_are_refused(example: Example) -> None:
     member = member_of(example, ONE_SHAPE)
     stored = member.stored()

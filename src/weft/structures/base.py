@@ -793,6 +793,31 @@ class StructuredMatrix(nn.Module, ABC):
         self._derived.clear()
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = {name: tensor.clone() for name, tensor in self._indices().items()}
+        super()._load_from_state_dict(*args, **kwargs)
+        self._derived.clear()
+        if all(torch.equal(before[name], tensor) for name, tensor in self._indices().items()):
+            return
+        # What the constructor made of other indices would be applied to the new values: it is made anew.
+        fresh = self.structure.from_tensors(self.shape, self.stored())
+        for name in list(self._non_persistent_buffers_set):
+            delattr(self, name)
+        for name in fresh._non_persistent_buffers_set:
+            if name in vars(self):  # a plain None so far
+                delattr(self, name)
+            self.register_buffer(name, fresh._buffers[name], persistent=False)
+        kept = vars(nn.Module()).keys() | {"_derived", "structure"}
+        for name in vars(fresh).keys() - kept:
+            setattr(self, name, getattr(fresh, name))
+        self._modules.update({name: made for name, made in fresh.named_children() if not made.state_dict()})
+
+    def _indices(self) -> dict[str, Tensor]:
+        """Its own stored tensors of whole numbers."""
+        own = self.state_dict().keys() & self._buffers.keys()
+        found = {name: tensor for name in sorted(own) if (tensor := self._buffers[name]) is not None}
+        return {name: tensor for name, tensor in found.items() if not tensor.is_floating_point()}
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_derived": {}}
 

@@ -266,17 +266,10 @@ class SparseProductMatrix(StructuredMatrix):
         self.register_buffer("columns", columns.contiguous())
         self.register_buffer("counts", counts.contiguous())
         self.sizes = structure.factor_shapes(shape)
-        self._widen_supports()
-
-    def _widen_supports(self) -> None:
-        """Unpacks the indices once, into buffers that are not stored."""
+        # Unpacks the indices once, into buffers that are not stored.
         self.chain = SparseChain(self.sizes, _widen(self.counts), _widen(self.columns))
         self.entries = self.chain.entries
         self.longest_row = int(_widen(self.counts[: self.sizes[0][0]]).max())
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._widen_supports()  # the loaded indices may be others
 
     def forward(self, x: Tensor) -> Tensor:
         return self.affine(x, None)
