@@ -23,7 +23,7 @@ namespace {
 
 // What weft.kernels.dispatch expects of this library. Raised, in both places, by every change after which one of them
 // as it was before would make the other compute something else.
-constexpr int interface = 2;
+constexpr int interface = 3;
 
 template <typename T>
 T *at(std::uintptr_t address) {

@@ -74,12 +74,12 @@ public:
         bool there = read(at, groups, steps, v, memory.own, step);
         while (there) {
             const bool more = read(at, groups, steps, v, memory.next, following);
-            const bool output = step.space == program::output;
+            const bool output = step.space == program::output, gathered = step.start >= 0;
             kernels_(ColumnsProductOf<Weight>{
                      memory.own.data(), step.count, more && following.count > 0 ? memory.next.data() : nullptr,
-                     output && v.bias != nullptr ? v.bias + step.offset : nullptr,
-                     (output ? v.output : v.states) + step.offset, output ? v.outputs : v.state_count, v.batch,
-                     step.size});
+                     gathered ? v.states + step.start : output && v.bias != nullptr ? v.bias + step.offset : nullptr,
+                     gathered ? v.state_count : 0, (output ? v.output : v.states) + step.offset,
+                     output ? v.outputs : v.state_count, v.batch, step.size});
             memory.own.swap(memory.next);
             step = following;
             there = more;
@@ -90,7 +90,7 @@ public:
     static const std::int64_t *beyond_group(const std::int64_t *at) {
         const std::int64_t steps = at[1];
         at += 2;
-        for (std::int64_t step = 0; step < steps; ++step) at += 4 + 6 * at[3];
+        for (std::int64_t step = 0; step < steps; ++step) at += 5 + 6 * at[4];
         return at;
     }
 
@@ -102,7 +102,7 @@ public:
 
 private:
     struct Step {
-        std::int64_t space, offset, size, count;
+        std::int64_t space, offset, size, start, count;
     };
 
     // Reads the step at `at` and goes on behind it; false where the groups are at their end.
@@ -114,8 +114,8 @@ private:
             steps = at[1];
         }
         --steps;
-        step = {at[0], at[1], at[2], at[3]};
-        at += 4;
+        step = {at[0], at[1], at[2], at[3], at[4]};
+        at += 5;
         if (segments.size() < static_cast<std::size_t>(step.count)) segments.resize(static_cast<std::size_t>(step.count));
         for (std::int64_t s = 0; s < step.count; ++s, at += 6) {
             const float *source = at[3] == program::state ? v.states : at[3] == program::output ? v.output : v.input;
@@ -169,29 +169,26 @@ void apply_slice(const BlockSequenceOf<Weight> &p, std::int64_t first, std::int6
     const std::int64_t *code = p.code;
     const std::int64_t inputs = code[program::inputs], outputs = code[program::outputs];
     const std::int64_t states = code[program::states];
-    const std::int64_t *order = code[program::input_order] != 0 ? code + code[program::input_order] : nullptr;
+    const std::int64_t gathered = code[program::gathered], *sources = code + code[program::sources];
     const std::int64_t *places = code[program::output_places] != 0 ? code + code[program::output_places] : nullptr;
 
     // An odd number of cache lines from one input's states to the next: a power of two would make them meet
     // in the same few places of the cache.
     const std::int64_t state_stride = (states + 15) / 16 * 16 | 16;
-    float *memory = grown(float_scratch(), batch * (state_stride + (order != nullptr ? inputs : 0) +
-                                                     (places != nullptr ? outputs : 0)));
-    float *ordered_input = memory + batch * state_stride;
-    float *ordered_output = ordered_input + (order != nullptr ? batch * inputs : 0);
+    float *memory = grown(float_scratch(), batch * (state_stride + (places != nullptr ? outputs : 0)));
+    float *ordered = memory + batch * state_stride;
 
     const float *x = p.x + first * inputs;
     float *out = p.out + first * outputs;
-    if (order != nullptr)
-        for (std::int64_t b = 0; b < batch; ++b)
-            for (std::int64_t i = 0; i < inputs; ++i) ordered_input[b * inputs + i] = x[b * inputs + order[i]];
-    Interpreter<Weight>(p).run({order != nullptr ? ordered_input : x, memory, places != nullptr ? ordered_output : out,
-                        inputs, state_stride, outputs, places != nullptr ? nullptr : p.bias, batch},
-                       threads);
+    for (std::int64_t b = 0; b < batch; ++b)
+        for (std::int64_t i = 0; i < gathered; ++i) memory[b * state_stride + i] = x[b * inputs + sources[i]];
+    Interpreter<Weight>(p).run({x, memory, places != nullptr ? ordered : out, inputs, state_stride, outputs,
+                                places != nullptr ? nullptr : p.bias, batch},
+                               threads);
     if (places != nullptr)
         for (std::int64_t b = 0; b < batch; ++b)
             for (std::int64_t i = 0; i < outputs; ++i)
-                out[b * outputs + i] = ordered_output[b * outputs + places[i]] + (p.bias != nullptr ? p.bias[i] : 0.0f);
+                out[b * outputs + i] = ordered[b * outputs + places[i]] + (p.bias != nullptr ? p.bias[i] : 0.0f);
 }
 
 template <typename Weight>

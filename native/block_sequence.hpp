@@ -1,6 +1,6 @@
 #pragma once
 // Products with matrices made of blocks, as a program: steps that each compute one stretch of a vector from
-// stretches of others, out = Σ source block + bias. Hierarchical matrices and state recurrences are such
+// stretches of others, out = start + Σ source block. Hierarchical matrices and state recurrences are such
 // programs; weft.kernels.block_sequence writes them.
 
 #include <cstdint>
@@ -10,17 +10,18 @@
 namespace weft {
 
 // A program is a sequence of 64-bit numbers. Its head:
-//     inputs, outputs, states, phases, input order, output places, multiply-adds, matrices, sizes
-// the orders being where in the program `inputs` and `outputs` numbers stand, or 0: the vector at position
-// p is x[order[p]], and out[i] is what stands at place[i]; the sizes where it says how many numbers each matrix
-// has. Then the phases, one after the other:
+//     inputs, outputs, states, phases, gathered, sources, output places, multiply-adds, matrices, sizes
+// of which sources, places and sizes say where in the program there are such numbers: the first `gathered` states
+// are x[source] from the beginning; out[i] is what stands at place[i], if places are not 0; and so many numbers each
+// matrix has. Then the phases, one after the other:
 //     groups
 // and per group, of which those of a phase may run at the same time:
 //     multiply-adds, steps
 // and per step:
-//     space (1 states, 2 output), offset, size, segments
+//     space (1 states, 2 output), offset, size, start, segments
 // and per segment:
 //     matrix, offset in it, row stride, space (0 input, 1 states, 2 output), offset, depth
+// The sums of a step start from the states at `start`, which are gathered ones; from the bias or zeros where it is -1.
 // Outputs are read by later phases only, and where there are output places: the bias is then added at the end.
 namespace program {
 enum Head : std::int64_t {
@@ -28,7 +29,8 @@ enum Head : std::int64_t {
     outputs,
     states,
     phases,
-    input_order,
+    gathered,
+    sources,
     output_places,
     multiply_adds,
     matrices,

@@ -37,8 +37,8 @@ inline void one_input(const weft::ColumnsProductOf<Weight> &p, Strip<Vectors> st
     for (int u = 0; u < Unroll; ++u)
         WEFT_UNROLLED
         for (int v = 0; v < Vectors; ++v)
-            sums[u][v] = u == 0 && p.bias != nullptr ? load<Narrow>(p.bias + strip.first + strip.at(v), strip.lanes)
-                                                     : Vector::zero();
+            sums[u][v] = u == 0 && p.start != nullptr ? load<Narrow>(p.start + strip.first + strip.at(v), strip.lanes)
+                                                      : Vector::zero();
     constexpr std::int64_t early = 768 / (Vectors * Vector::width);  // rows, hence some lines of the cache
     for (std::int64_t s = 0; s < p.segment_count; ++s) {
         const weft::ColumnsSegmentOf<Weight> segment = p.segments[s];
@@ -84,11 +84,11 @@ template <int Vectors, int Batch, bool Narrow, typename Weight>
 inline void tile(const weft::ColumnsProductOf<Weight> &p, Strip<Vectors> strip, std::int64_t input) {
     Vector sums[Batch][Vectors];
     WEFT_UNROLLED
-    for (int v = 0; v < Vectors; ++v) {
-        const Vector start = p.bias != nullptr ? load<Narrow>(p.bias + strip.first + strip.at(v), strip.lanes)
-                                               : Vector::zero();
+    for (int b = 0; b < Batch; ++b) {
+        const float *start = p.start != nullptr ? p.start + (input + b) * p.start_stride + strip.first : nullptr;
         WEFT_UNROLLED
-        for (int b = 0; b < Batch; ++b) sums[b][v] = start;
+        for (int v = 0; v < Vectors; ++v)
+            sums[b][v] = start != nullptr ? load<Narrow>(start + strip.at(v), strip.lanes) : Vector::zero();
     }
     for (std::int64_t s = 0; s < p.segment_count; ++s) {
         const weft::ColumnsSegmentOf<Weight> segment = p.segments[s];

@@ -1,5 +1,5 @@
 #pragma once
-// The leaf of kernels whose matrices are stored input by input: out = Σ source matrix + bias over segments.
+// The leaf of kernels whose matrices are stored input by input: out = start + Σ source matrix over segments.
 //
 // Every matrix row that is read is scaled by one number of the source and added up, so no sums across a
 // register are needed and short rows cost no more than long ones.
@@ -23,11 +23,12 @@ struct ColumnsSegmentOf {
 template <typename Weight>
 struct ColumnsProductOf {
     const ColumnsSegmentOf<Weight> *segments;
-    std::int64_t segment_count;  // none at all gives the bias, or zeros
+    std::int64_t segment_count;  // none at all gives the start
     // The first that the next product will read, or null: for one input its rows are fetched while the last ones of
     // this product are computed, as no processor foresees the way from block to block.
     const ColumnsSegmentOf<Weight> *next;
-    const float *bias;           // (outputs,), or null
+    const float *start;          // (batch, outputs), rows start_stride apart, away from `out`; or null for zeros
+    std::int64_t start_stride;   // 0 for a bias
     float *out;                  // (batch, outputs), rows out_stride apart
     std::int64_t out_stride;
     std::int64_t batch;

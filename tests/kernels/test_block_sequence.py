@@ -22,40 +22,51 @@ INSTRUCTIONS = ["portable", "NEON", "AVX2", "AVX-512"]
 def rank_two_states(outputs, inputs, rank, *, strided=False, orders=False):
     """A program with both phases: states from inputs, then outputs from both; and its flat tensors.
 
-    The second block over the outputs is `strided`: a part of the columns of a wider one.
+    The second block over the outputs is `strided`: a part of the columns of a wider one. With `orders`
+    inputs are gathered in another order, with some more of them that the states' sums start from, and
+    outputs are permuted.
     """
     generator = torch.Generator().manual_seed(outputs * 31 + inputs * 7 + rank)
     spare = 3 if strided else 0
     right = torch.randn(inputs * rank, generator=generator)
     both = torch.randn(inputs * outputs + rank * (outputs + spare), generator=generator)
-    states = [[Step(Space.STATE, 0, rank, (Segment(0, 0, rank, Space.INPUT, 0, inputs),))]]
-    direct = Segment(1, 0, outputs, Space.INPUT, 0, inputs)
-    left = Segment(1, inputs * outputs, outputs + spare, Space.STATE, 0, rank)
+    gathered = None
+    if orders:
+        more = torch.randint(inputs, (rank,), generator=generator)
+        gathered = torch.cat([torch.randperm(inputs, generator=generator), more])
+    source, first = (Space.STATE, inputs + rank) if orders else (Space.INPUT, 0)
+    reduced = (Segment(0, 0, rank, source, 0, inputs),)
+    states = [[Step(Space.STATE, first, rank, reduced, inputs if orders else None)]]
+    direct = Segment(1, 0, outputs, source, 0, inputs)
+    left = Segment(1, inputs * outputs, outputs + spare, Space.STATE, first, rank)
     middle = (outputs + 1) // 2
     written = [
         [Step(Space.OUTPUT, begin, end - begin, (moved(direct, begin), moved(left, begin)))]
         for begin, end in ((0, middle), (middle, outputs))
         if end > begin
     ]
-    input_order = torch.randperm(inputs, generator=generator) if orders else None
     output_places = torch.randperm(outputs, generator=generator) if orders else None
     program = write_program(
         inputs,
         outputs,
-        rank,
+        first + rank,
         [right.numel(), both.numel()],
         [states, written],
-        input_order=input_order,
+        gathered=gathered,
         output_places=output_places,
     )
     d = both[: inputs * outputs].view(inputs, outputs)
     lower = both[inputs * outputs :].view(rank, outputs + spare)[:, :outputs]
-    dense = (d.double() + right.view(inputs, rank).double() @ lower.double()).T
-    size = (d.double().abs() + right.view(inputs, rank).double().abs() @ lower.double().abs()).T
+    picks = torch.zeros(inputs, rank, dtype=torch.float64)
+    order = torch.arange(inputs)
     if orders:
-        for matrix in (dense, size):
-            matrix[:, input_order] = matrix.clone()
-            matrix[:] = matrix[output_places]
+        picks[gathered[inputs:], torch.arange(rank)] = 1.0
+        order = gathered[:inputs].argsort()  # of the blocks' rows, for inputs as they come
+    d, reduced = d.double()[order], right.view(inputs, rank).double()[order]
+    dense = (d + (reduced + picks) @ lower.double()).T
+    size = (d.abs() + (reduced.abs() + picks) @ lower.double().abs()).T
+    if orders:
+        dense, size = dense[output_places], size[output_places]
     return program, [right, both], dense, size
 
 
@@ -218,19 +229,25 @@ def test_native_product_writes_nothing_outside_its_output(results_go_to):
         (Step(Space.OUTPUT, 0, 5, (Segment(0, 1, 5, Space.INPUT, 0, 3),)), "reads"),
         (Step(Space.OUTPUT, 0, 5, (Segment(0, -1, 5, Space.INPUT, 0, 2),)), "reads"),
         (Step(Space.OUTPUT, 0, 5, (Segment(0, 0, -1, Space.INPUT, 0, 2),)), "reads"),
-        (Step(Space.OUTPUT, 0, 5, (Segment(0, 0, 5, Space.STATE, 0, 3),)), "reads"),
+        (Step(Space.OUTPUT, 0, 5, (Segment(0, 0, 5, Space.STATE, 2, 3),)), "reads"),
         (Step(Space.OUTPUT, 0, 5, (Segment(0, 0, 5, Space.OUTPUT, 0, 3),)), "reads"),
+        (Step(Space.STATE, 1, 1, ()), "writes"),
+        (Step(Space.STATE, 2, 2, (), 1), "starts"),
+        (Step(Space.STATE, 2, 2, (), -2), "starts"),
+        (Step(Space.OUTPUT, 0, 2, (), 0), "starts"),
     ],
 )
 def test_program_that_leaves_its_arrays_is_refused(step, word):
     with pytest.raises(ValueError, match=word):
-        write_program(3, 5, 2, [15], [[[step]]])
+        write_program(3, 5, 4, [15], [[[step]]], gathered=torch.tensor([2, 0]))
 
 
-@pytest.mark.parametrize("order", [torch.tensor([0, 3, 1]), torch.tensor([0, 1]), torch.tensor([-1, 0, 1])])
+@pytest.mark.parametrize("order", [torch.tensor([0, 3]), torch.tensor([0, 1, 2]), torch.tensor([-1, 0])])
 def test_order_that_leaves_its_array_is_refused(order):
-    with pytest.raises(ValueError, match="order"):
-        write_program(3, 5, 2, [15], [], input_order=order)
+    with pytest.raises(ValueError, match="gathered"):
+        write_program(3, 5, 2, [15], [], gathered=order)
+    with pytest.raises(ValueError, match="places"):
+        write_program(3, 2, 2, [15], [], output_places=order)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +284,8 @@ MEMBERS = {
         Hierarchical(rank=1, leaf_size=4, clustering="geometric", row_grid=(7, 9), column_grid=(6, 8)),
         (63, 48),
     ),
+    "own columns": (Hierarchical(rank=24, leaf_size=32), (140, 136)),
+    "own columns, moved": (Hierarchical(rank=24, leaf_size=32, clustering="principal"), (140, 136)),
     "semiseparable": (SequentiallySemiseparable(5, 3), (61, 47)),
     "few states": (SequentiallySemiseparable(4, ((0, 2, 1), (1, 0, 2))), (61, 47)),
     "no states": (SequentiallySemiseparable(5, 0), (61, 47)),

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from weft.numerics.block_layout import BlockLayout, Factors, Tile, batched_products
+from weft.numerics.block_layout import (
+    BlockLayout,
+    Factors,
+    Tile,
+    batched_products,
+    interpolative_blocks,
+    stored_numbers,
+)
 
 TILES = [
     Tile(slice(0, 3), slice(0, 4), 1),
@@ -82,3 +89,15 @@ def test_batched_products_are_those_of_each_cluster(batch, axis):
     for tile, value in zip(TILES, values, strict=True):
         dense[tile.rows, tile.columns] = value.dense()
     torch.testing.assert_close(total, x @ dense.T)
+
+
+def test_a_block_is_stored_by_its_own_columns_where_that_saves_enough_and_it_is_alone_over_them():
+    alone = Tile(slice(0, 80), slice(0, 50), 20)
+    assert interpolative_blocks([alone]) == {0}  # 20² = 8 · 50
+    assert stored_numbers([alone]) == 20 * (80 + 50 - 20)
+    for other in (Tile(slice(0, 80), slice(0, 51), 20), Tile(slice(0, 80), slice(0, 50), 19)):
+        assert not interpolative_blocks([other])
+        assert stored_numbers([other]) == other.rank * (80 + other.width)
+    below = Tile(slice(80, 160), slice(0, 50), 20)
+    assert not interpolative_blocks([alone, below])
+    assert interpolative_blocks([alone, Tile(below.rows, below.columns, None)]) == {0}

@@ -331,6 +331,73 @@ def test_integers_are_stored_in_two_bytes_and_only_where_needed():
     assert adaptive.stored()["blocks"].nbytes == 10 * len(adaptive.tiles)
 
 
+# Blocks of which two thirds are columns that the others are combinations of.
+OWN_COLUMNS = (Hierarchical(rank=24, leaf_size=32), (140, 136))
+each_order = pytest.mark.parametrize("clustering", ["cardinality", "principal"])
+
+
+def own_columns_member(clustering, dtype=torch.float64):
+    structure, shape = OWN_COLUMNS
+    return dataclasses.replace(structure, clustering=clustering).fit(spectral_decay(*shape).to(dtype))
+
+
+@each_order
+def test_blocks_by_their_own_columns_are_the_best_of_their_rank_in_fewer_numbers(clustering):
+    member, matrix = own_columns_member(clustering), spectral_decay(*OWN_COLUMNS[1])
+    rows, columns = member.orders()
+    ordered, fitted = matrix[rows][:, columns], member.to_dense()[rows][:, columns]
+    low_rank = [tile for tile in member.tiles if tile.rank]
+    assert len(low_rank) == 2
+    for tile in low_rank:
+        u, s, v = np.linalg.svd(ordered[tile.rows, tile.columns].numpy(), full_matrices=False)
+        best = torch.from_numpy((u[:, :24] * s[:24]) @ v[:24])
+        torch.testing.assert_close(fitted[tile.rows, tile.columns], best)
+    factors = sum(24 * (tile.height + tile.width) for tile in low_rank)
+    saved = member.cost().parameters
+    assert saved == 2 * 70 * 68 + factors - 2 * 24**2
+    assert member.stored()["chosen"].nbytes == 2 * 68 // 8
+    if clustering == "cardinality":
+        predicted = member.structure.predicted_cost(member.shape, 8)
+        assert (predicted.parameters, predicted.bytes) == (saved, 8 * saved + 17)
+
+
+@each_order
+@pytest.mark.parametrize("batch", [1, 31, 40])
+def test_blocks_by_their_own_columns_give_the_dense_products_and_gradients(clustering, batch):
+    member = own_columns_member(clustering)
+    x = torch.randn(batch, 136, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    x.requires_grad_()
+    outputs = member(x), x @ member.to_dense().T
+    got, expected = (
+        torch.autograd.grad(output.square().sum(), [x, *member.parameters()]) for output in outputs
+    )
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(got, expected)
+    indices = torch.tensor([[0, 139, 70], [70, 69, 3]])
+    torch.testing.assert_close(member.rows(indices), member.to_dense()[indices])
+
+
+@each_order
+def test_blocks_by_their_own_columns_are_read_back_and_refused_with_another_number_of_them(clustering):
+    member = own_columns_member(clustering)
+    again = member.structure.from_tensors(member.shape, member.stored())
+    assert torch.equal(again.to_dense(), member.to_dense())
+    refit = member.structure.fit(member.to_dense(), start=member)
+    torch.testing.assert_close(refit.to_dense(), member.to_dense())
+    chosen = member.stored()["chosen"].clone()
+    chosen[0] ^= 1
+    with pytest.raises(ValueError, match="chosen must be 24 columns marked for block"):
+        member.structure.from_tensors(member.shape, {**member.stored(), "chosen": chosen})
+
+
+def test_a_block_of_zeros_is_kept_by_its_own_columns_too():
+    matrix = spectral_decay(140, 136)
+    matrix[:70, 68:] = 0.0
+    member = OWN_COLUMNS[0].fit(matrix)
+    assert not member.to_dense()[:70, 68:].any()
+    assert all(bool(tensor.isfinite().all()) for tensor in member.parameters())
+
+
 def test_a_table_that_does_not_tile_or_an_order_that_is_none_is_refused():
     matrix = spectral_decay(40, 48).float()
     member = Hierarchical(tolerance=0.3, leaf_size=10, clustering="principal").fit(matrix)

@@ -2,11 +2,12 @@
 
 A step computes one stretch of a vector from stretches of others:
 
-    target[to : to + size] = Σ source[from : from + depth] @ block (+ bias),
+    target[to : to + size] = start + Σ source[from : from + depth] @ block,
 
 where a block is `depth` rows of `size` numbers inside of a flat tensor that a family stores, so nothing is
 packed or copied and a changed weight counts at once. Sources are the input, or what earlier phases gave as
-states or as output; targets are states or the output. Hierarchical matrices (inputs to coefficients,
+states or as output; targets are states or the output. The first states may be gathered inputs, and sums start
+from those, from the bias or from zero. Hierarchical matrices (inputs to coefficients,
 coefficients to outputs) and state recurrences are programs of this kind. Steps are kept in groups and groups
 in phases: the groups of a phase do not depend on each other.
 """
@@ -62,12 +63,14 @@ class Step(NamedTuple):
         offset: at which place.
         size: how many numbers, the width of all blocks.
         segments: the parts of the sum.
+        start: where among the gathered states the sum starts from, for states; None for the bias or zero.
     """
 
     space: Space
     offset: int
     size: int
     segments: tuple[Segment, ...]
+    start: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +90,7 @@ class Program:
     code: Tensor
 
 
-_HEAD = 9
+_HEAD = 10
 # Bound once, as looking names up costs more than calling them.
 _native_apply = None if dispatch.native is None else dispatch.native.block_sequence_apply
 _is_compiling = torch.compiler.is_compiling
@@ -100,7 +103,7 @@ def write_program(
     sizes: Sequence[int],
     phases: Iterable[Sequence[Sequence[Step]]],
     *,
-    input_order: Tensor | None = None,
+    gathered: Tensor | None = None,
     output_places: Tensor | None = None,
     names: Iterable[str] = (),
 ) -> Program:
@@ -112,7 +115,7 @@ def write_program(
         states: How many numbers the steps keep in between.
         sizes: How many numbers each flat tensor holds.
         phases: Per phase the groups, per group its steps in their order.
-        input_order: The input's index that stands at each position the steps know, or None.
+        gathered: The input's index that stands at each of the first states from the beginning, or None.
         output_places: The position that each index of the output is taken from, or None; without them steps
             cannot read outputs, which have their bias from the start.
         names: What the flat tensors are called where they come as a mapping.
@@ -126,6 +129,9 @@ def write_program(
     extents = {Space.INPUT: inputs, Space.STATE: states, Space.OUTPUT: outputs}
     # Which outputs are there to be read: those of earlier phases, before the bias is added to them.
     readable_outputs = [False] * outputs
+    sources = [] if gathered is None else gathered.tolist()
+    if len(sources) > states or not all(0 <= source < inputs for source in sources):
+        raise ValueError(f"at most {states} indices below {inputs} can be gathered, got {len(sources)}")
     body: list[int] = []
     phase_count = multiply_adds = 0
     for groups in phases:
@@ -137,10 +143,16 @@ def write_program(
             body += [0, len(steps)]
             work = 0
             for step in steps:
-                inside = step.size > 0 and 0 <= step.offset <= extents[step.space] - step.size
+                first = len(sources) if step.space is Space.STATE else 0
+                inside = step.size > 0 and first <= step.offset <= extents[step.space] - step.size
                 if step.space is Space.INPUT or not inside:
                     raise ValueError(f"a step writes outside of its array: {step}")
-                body += [step.space, step.offset, step.size, len(step.segments)]
+                start = -1 if step.start is None else step.start
+                if start != -1 and (
+                    step.space is not Space.STATE or not 0 <= start <= len(sources) - step.size
+                ):
+                    raise ValueError(f"a step starts from what is not gathered: {step}")
+                body += [step.space, step.offset, step.size, start, len(step.segments)]
                 for segment in step.segments:
                     matrix, start, stride, space, offset, depth = segment
                     last = start + (depth - 1) * stride + step.size
@@ -157,19 +169,17 @@ def write_program(
         for step in given:
             if step.space is Space.OUTPUT and output_places is not None:
                 readable_outputs[step.offset : step.offset + step.size] = [True] * step.size
-    words = [inputs, outputs, states, phase_count, 0, 0, multiply_adds, len(sizes), 0, *body]
-    words[8] = len(words)
+    words = [inputs, outputs, states, phase_count, len(sources), 0, 0, multiply_adds, len(sizes), 0, *body]
+    words[9] = len(words)
     words += sizes
-    for slot, order, own, other in (
-        (4, input_order, inputs, inputs),
-        (5, output_places, outputs, outputs),
-    ):
-        if order is None:
-            continue
-        if order.shape != (own,) or (own and not 0 <= int(order.min()) <= int(order.max()) < other):
-            raise ValueError(f"an order must hold {own} indices below {other}, got {tuple(order.shape)}")
-        words[slot] = len(words)
-        words += order.tolist()
+    words[5] = len(words)
+    words += sources
+    if output_places is not None:
+        places = output_places.tolist()
+        if len(places) != outputs or not all(0 <= place < outputs for place in places):
+            raise ValueError(f"places must be {outputs} indices below {outputs}, got {len(places)}")
+        words[6] = len(words)
+        words += places
     numbers = array("q", words)
     code = torch.frombuffer(numbers, dtype=torch.int64)
     return Program(outputs, tuple(names), numbers.tobytes(), code)
@@ -232,10 +242,10 @@ def reference(x: Tensor, matrices: Sequence[Tensor], code: Tensor, bias: Tensor 
         The products, shape (*batch, outputs).
     """
     words = code.tolist()
-    vectors = _forward(x, matrices, words)
+    vectors = _forward(x, matrices, code, words)
     y = vectors[Space.OUTPUT]
-    if words[5]:
-        y = y[:, code[words[5] : words[5] + words[1]]]
+    if words[6]:
+        y = y[:, code[words[6] : words[6] + words[1]]]
     y = y if bias is None else y + bias
     return y.reshape(*x.shape[:-1], words[1])
 
@@ -257,40 +267,47 @@ def gradients(
         The derivatives by x and by each flat tensor.
     """
     words = code.tolist()
-    vectors = _forward(x, matrices, words)
+    vectors = _forward(x, matrices, code, words)
     derivatives = {space: torch.zeros_like(values) for space, values in vectors.items()}
     rows = gradient.reshape(-1, words[1])
-    if words[5]:
-        derivatives[Space.OUTPUT].index_add_(1, code[words[5] : words[5] + words[1]], rows)
+    if words[6]:
+        derivatives[Space.OUTPUT].index_add_(1, code[words[6] : words[6] + words[1]], rows)
     else:
         derivatives[Space.OUTPUT] = rows.clone()  # later steps may have read what earlier ones gave
     by_matrix = [torch.zeros_like(matrix, memory_format=torch.contiguous_format) for matrix in matrices]
     for step in reversed(list(_steps(words))):
         target = derivatives[step.space][:, step.offset : step.offset + step.size]
+        if step.start is not None:
+            derivatives[Space.STATE][:, step.start : step.start + step.size] += target
         for segment in step.segments:
             source = slice(segment.offset, segment.offset + segment.depth)
             block, slot = (_block(flat[segment.matrix], segment, step.size) for flat in (matrices, by_matrix))
             slot += vectors[segment.space][:, source].T @ target
             derivatives[segment.space][:, source] += target @ block.T
-    by_x = derivatives[Space.INPUT]
-    if words[4]:
-        restored = torch.zeros_like(by_x)
-        by_x = restored.index_add_(1, code[words[4] : words[4] + words[0]], by_x)
+    by_x = derivatives[Space.INPUT].index_add_(
+        1, _sources(code, words), derivatives[Space.STATE][:, : words[4]]
+    )
     return by_x.reshape(x.shape), by_matrix
 
 
-def _forward(x: Tensor, matrices: Sequence[Tensor], words: list[int]) -> dict[Space, Tensor]:
-    """All vectors after the last step, shape (batch, size) each, in the order that the steps know."""
+def _sources(code: Tensor, words: list[int]) -> Tensor:
+    """The indices of the gathered inputs."""
+    return code[words[5] : words[5] + words[4]]
+
+
+def _forward(x: Tensor, matrices: Sequence[Tensor], code: Tensor, words: list[int]) -> dict[Space, Tensor]:
+    """All vectors after the last step, shape (batch, size) each."""
     rows = x.reshape(-1, words[0])
-    if words[4]:
-        rows = rows[:, words[words[4] : words[4] + words[0]]]
     vectors = {
         Space.INPUT: rows,
         Space.STATE: rows.new_zeros(rows.shape[0], words[2]),
         Space.OUTPUT: rows.new_zeros(rows.shape[0], words[1]),
     }
+    vectors[Space.STATE][:, : words[4]] = rows[:, _sources(code, words).to(rows.device)]
     for step in _steps(words):
         target = vectors[step.space][:, step.offset : step.offset + step.size]
+        if step.start is not None:
+            target += vectors[Space.STATE][:, step.start : step.start + step.size]
         for segment in step.segments:
             source = vectors[segment.space][:, segment.offset : segment.offset + segment.depth]
             target += source @ _block(matrices[segment.matrix], segment, step.size)
@@ -308,12 +325,12 @@ def _steps(words: list[int]) -> Iterator[Step]:
         for _ in range(next(numbers)):
             _, steps = take(2)
             for _ in range(steps):
-                space, offset, size, count = take(4)
+                space, offset, size, origin, count = take(5)
                 segments = []
                 for _ in range(count):
                     matrix, start, stride, source, place, depth = take(6)
                     segments.append(Segment(matrix, start, stride, Space(source), place, depth))
-                yield Step(Space(space), offset, size, tuple(segments))
+                yield Step(Space(space), offset, size, tuple(segments), None if origin < 0 else origin)
 
 
 def _block(flat: Tensor, segment: Segment, size: int) -> Tensor:

@@ -26,7 +26,7 @@ __all__ = [
 
 
 # The native library's that this code was written for: see native/bindings.cpp.
-_INTERFACE = 2
+_INTERFACE = 3
 
 
 def _without(what: str, briefly: str) -> str:

@@ -1,12 +1,20 @@
-"""Blocks of a matrix, and the order in which their numbers are stored and applied."""
+"""Blocks of a matrix, and the order in which their numbers are stored and applied.
+
+A low-rank block is stored as two factors, or as some of its own columns and what combinations of these the
+others are: rank² numbers fewer for the same blocks (Cheng et al. 2005, interpolative decomposition).
+"""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
 import torch
 from torch import Tensor
+
+from weft.numerics.bit_mask import mask_bytes, packed, places_of, unpacked
+from weft.numerics.maxvol import rows_of_large_volume
 
 _Depth = Callable[["Tile"], int]
 
@@ -89,14 +97,65 @@ class Stack:
         return (torch.tensor(self.starts)[:, None] + torch.arange(self.extent)).flatten()
 
 
+# How many numbers a block by its own columns has to save for each of its inputs: these are then picked one by
+# one, which takes about as long as reading so many weights each.
+_WORTH_PICKING = 8
+
+
+def interpolative_blocks(tiles: Sequence[Tile]) -> frozenset[int]:
+    """Which blocks are stored by their own columns.
+
+    Args:
+        tiles: The blocks of a matrix.
+
+    Returns:
+        The indices of those that save enough by it and are alone over their columns: blocks that share a
+        column cluster are applied together, to inputs in one order.
+    """
+    over = Counter((tile.columns.start, tile.columns.stop) for tile in tiles if tile.rank)
+    return frozenset(
+        index
+        for index, tile in enumerate(tiles)
+        if tile.rank
+        and _WORTH_PICKING * tile.width <= tile.rank**2
+        and tile.rank < tile.width
+        and over[tile.columns.start, tile.columns.stop] == 1
+    )
+
+
+def stored_numbers(tiles: Sequence[Tile]) -> int:
+    """How many real coefficients blocks are stored in.
+
+    Args:
+        tiles: The blocks of a matrix.
+
+    Returns:
+        Their number.
+    """
+    saved = interpolative_blocks(tiles)
+    return sum(
+        tile.height * tile.width
+        if tile.rank is None
+        else tile.rank * (tile.height + tile.width - (tile.rank if index in saved else 0))
+        for index, tile in enumerate(tiles)
+    )
+
+
 class BlockLayout:
     """Where the numbers of every block stand in the flat stored tensors.
 
-    The borders of all blocks cut the rows into strips. `right` holds for every column cluster the transposed
-    right factors of the blocks over it, side by side: (cluster, sum of ranks). `strips` holds for every strip
-    the transposed left factors of the blocks across it, their part inside of it, below each other: (sum of
-    ranks, strip); `dense` for every strip its transposed dense blocks below each other: (sum of widths,
-    strip). So what a strip of the output is computed from stands in one piece, in the order in which it is
+    The borders of all blocks cut the rows into strips. `strips` holds for every strip the transposed left
+    factors of the blocks across it, their part inside of it, below each other: (sum of ranks, strip); `dense`
+    for every strip its transposed dense blocks below each other: (sum of widths, strip). `right` holds for
+    every column cluster the transposed right factors of the blocks over it, side by side: (cluster, sum of
+    ranks).
+
+    A block by its own columns has these as its left factor, so that its right factor is the identity in them;
+    `combinations` holds what is left of that, transposed: (cluster − rank, rank). `chosen` says which columns
+    they are, one bit for each column of every such block. The block's coefficients are then the chosen inputs
+    + the other inputs @ combinations.
+
+    So what a strip of the output is computed from stands in one piece, in the order in which it is
     read. Clusters and strips of equal shapes stand together: each tensor is a short sequence of batches, the
     stacks; within a stack clusters ascend, within a cluster its blocks.
 
@@ -111,15 +170,27 @@ class BlockLayout:
         borders = sorted({border for tile in tiles for border in (tile.rows.start, tile.rows.stop)})
         self.strips = list(itertools.starmap(slice, itertools.pairwise(borders)))
         across = [[strip for strip in self.strips if _lies_in(strip, tile.rows)] for tile in tiles]
+        self.interpolative = interpolative_blocks(self.tiles)
+
+        def columns_of(index: int) -> list[slice]:
+            return [self.tiles[index].columns]
+
         self.right_stacks = self._stacks(
-            low_rank, lambda index: [tiles[index].columns], _inner_size, into=False
+            [index for index in low_rank if index not in self.interpolative],
+            columns_of,
+            _inner_size,
+            into=False,
         )
+        self.combination_stacks = [
+            replace(stack, inputs=stack.extent - stack.outputs)
+            for stack in self._stacks(sorted(self.interpolative), columns_of, _inner_size, into=False)
+        ]
         self.strip_stacks = self._stacks(low_rank, across.__getitem__, _inner_size, into=True)
         self.dense_stacks = self._stacks(dense, across.__getitem__, _width, into=True)
-        # Where each low-rank tile's part of the inner vector starts, in the order of the right stacks.
+        # Where each low-rank tile's part of the inner vector starts: right stacks first, then combinations.
         self.inner_start: dict[int, int] = {}
         position = 0
-        for index in _in_order(self.right_stacks):
+        for index in _in_order((*self.right_stacks, *self.combination_stacks)):
             self.inner_start[index] = position
             position += _inner_size(tiles[index])
         self.inner_size = position
@@ -147,9 +218,33 @@ class BlockLayout:
         return stacks
 
     def numbers(self) -> dict[str, int]:
-        """The sizes of the stored tensors that there are, by name."""
-        stacks = {"strips": self.strip_stacks, "right": self.right_stacks, "dense": self.dense_stacks}
+        """The sizes of the stored tensors of real numbers that there are, by name."""
+        stacks = {
+            "strips": self.strip_stacks,
+            "right": self.right_stacks,
+            "combinations": self.combination_stacks,
+            "dense": self.dense_stacks,
+        }
         return {name: sum(stack.numel for stack in found) for name, found in stacks.items() if found}
+
+    def mask_bytes(self) -> int:
+        """How many bytes `chosen` has; 0 where there is none."""
+        return mask_bytes(sum(self.tiles[index].width for index in self.interpolative))
+
+    def masks(self, chosen: Tensor | None) -> dict[int, Tensor]:
+        """Which of its columns every block by its own columns has chosen, bool, shape (width,).
+
+        Args:
+            chosen: What `pack` gave under this name, None where it gave none.
+
+        Returns:
+            The masks by tile, in the order of the combination stacks.
+        """
+        order = _in_order(self.combination_stacks)
+        if chosen is None or not order:
+            return {}
+        widths = [self.tiles[index].width for index in order]
+        return dict(zip(order, unpacked(chosen, sum(widths)).split(widths), strict=True))
 
     def inner_order(self) -> Tensor:
         """Where the strip stacks' inputs stand in the inner vector, one after the other."""
@@ -174,23 +269,33 @@ class BlockLayout:
             values: One per tile.
 
         Returns:
-            `strips`, `right` and `dense`, each flat, where there are numbers for it.
+            `strips`, `right`, `combinations`, `dense` and `chosen`, each flat, where there is something in
+            it.
         """
-        rights = [value.right for value in values]
+        lefts, rights = [value.left for value in values], [value.right for value in values]
+        masks = []
+        for index in _in_order(self.combination_stacks):
+            lefts[index], rights[index], marked = _by_own_columns(values[index])
+            masks.append(marked)
 
         def left_parts(stacks: Sequence[Stack]) -> list[Tensor]:
             return [
-                torch.cat([values[index].left[self._inside(index, strip)].mT for index in indices])
+                torch.cat([lefts[index][self._inside(index, strip)].mT for index in indices])
                 for strip, indices in _parts(stacks)
+            ]
+
+        def right_parts(stacks: Sequence[Stack]) -> list[Tensor]:
+            return [
+                torch.cat([part.mT for index in indices if (part := rights[index]) is not None], 1)
+                for _, indices in _parts(stacks)
             ]
 
         parts = {
             "strips": left_parts(self.strip_stacks),
-            "right": [
-                torch.cat([part.mT for index in indices if (part := rights[index]) is not None], 1)
-                for _, indices in _parts(self.right_stacks)
-            ],
+            "right": right_parts(self.right_stacks),
+            "combinations": right_parts(self.combination_stacks),
             "dense": left_parts(self.dense_stacks),
+            "chosen": [packed(torch.cat(masks))] if masks else [],
         }
         return {name: torch.cat([part.flatten() for part in found]) for name, found in parts.items() if found}
 
@@ -210,6 +315,9 @@ class BlockLayout:
         """
         lefts = self._views(self.strip_stacks, tensors.get("strips"), _inner_size, dim=0)
         rights = self._views(self.right_stacks, tensors.get("right"), _inner_size, dim=1)
+        rights |= self._views(self.combination_stacks, tensors.get("combinations"), _inner_size, dim=1)
+        for index, marked in self.masks(tensors.get("chosen")).items():
+            rights[index] = [_with_identity(rights[index][0], marked)]
         blocks = self._views(self.dense_stacks, tensors.get("dense"), _width, dim=0)
         empty = next((tensor for tensor in tensors.values() if tensor is not None), torch.empty(0))
         values = []
@@ -280,6 +388,23 @@ def batched_products(stacks: Sequence[Stack], flat: Tensor, vectors: Tensor, axi
             columns = part.reshape(stack.count, stack.inputs, part.shape[1])
             products.append(torch.bmm(matrices.mT, columns).flatten(0, 1))
     return products
+
+
+def _by_own_columns(values: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """A block's chosen columns, what combinations of them the others are, and which they are, as a mask."""
+    assert values.right is not None
+    chosen, table = rows_of_large_volume(values.right.mT)
+    marked = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+    marked[chosen] = True
+    # In full precision: the columns are stored as they are, and everything else builds on them.
+    columns = values.left.double() @ values.right[:, chosen].double()
+    return columns.to(values.left.dtype), table[~marked].mT.to(values.left.dtype), marked
+
+
+def _with_identity(combinations: Tensor, marked: Tensor) -> Tensor:
+    """The right factor that combinations of the chosen columns are a part of, shape (rank, width)."""
+    identity = torch.eye(len(combinations), dtype=combinations.dtype, device=combinations.device)
+    return torch.cat([identity, combinations], 1)[:, places_of(marked.to(combinations.device))]
 
 
 def _inner_size(tile: Tile) -> int:

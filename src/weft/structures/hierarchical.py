@@ -1,8 +1,9 @@
 """Hierarchical matrices: a tree of blocks, most of low rank, some dense.
 
 Rows and columns are ordered by a cluster tree each, and an admissibility condition partitions the matrix
-into blocks of clusters. Admissible blocks are stored as two factors; one whose factors would need as many
-numbers as the block itself is stored dense, as are the blocks that are not admissible.
+into blocks of clusters. Admissible blocks are stored as two factors, or, where that saves enough, as some of
+their own columns and the combinations that give the others; one whose factors would need as many numbers as
+the block itself is stored dense, as are the blocks that are not admissible.
 
 In the plain norm every block is fitted on its own. A Gram couples them, so a weighted fit starts from the
 better of the plain blocks and the blocks fitted in their own part of the metric, and goes on by block
@@ -30,7 +31,15 @@ from weft.numerics.block_descent import (
     independent_blocks,
     squared_error,
 )
-from weft.numerics.block_layout import BlockLayout, Factors, Stack, Tile, batched_products, batches
+from weft.numerics.block_layout import (
+    BlockLayout,
+    Factors,
+    Stack,
+    Tile,
+    batched_products,
+    batches,
+    stored_numbers,
+)
 from weft.numerics.cluster_tree import (
     Block,
     Cluster,
@@ -49,6 +58,7 @@ from weft.numerics.svd import rank_at_tolerance, singular_values, truncated_svd
 from weft.structures.base import (
     BlockDiagonalGram,
     Candidate,
+    Cost,
     DiagonalGram,
     Geometry,
     Gram,
@@ -163,11 +173,16 @@ class Hierarchical(Structure):
 
     def parameter_count(self, shape: Shape) -> int | None:
         tiles = self._predicted_tiles(shape)
-        return None if tiles is None else _numbers(tiles)
+        return None if tiles is None else stored_numbers(tiles)
 
     def multiply_adds(self, shape: Shape, geometry: Geometry | None = None) -> int | None:
         numbers = self.parameter_count(shape)
         return None if numbers is None else matrix_multiply_adds(numbers, shape, geometry)
+
+    def predicted_cost(self, shape: Shape, element_size: int, geometry: Geometry | None = None) -> Cost:
+        cost = super().predicted_cost(shape, element_size, geometry)
+        masks = BlockLayout(self._predicted_tiles(shape) or []).mask_bytes()
+        return dataclasses.replace(cost, bytes=cost.bytes + masks)
 
     def check(self, shape: Shape) -> None:
         rows, columns = matrix_shape(shape)
@@ -266,7 +281,7 @@ class Hierarchical(Structure):
         rank = rank_of(rows, columns)
         allowed = self.rank is None or rank <= self.rank
         own = [_tile(Block(rows, columns, True), rank if allowed else None)]
-        cost = _numbers(own)
+        cost = stored_numbers(own)
         if not (rows.children or columns.children) or cost == 0:
             return cost, own
         parts = [
@@ -365,7 +380,7 @@ class Hierarchical(Structure):
         """What an automatic choice makes small: the numbers stored at a tolerance, else the plain error."""
         problem, tiles = arrangement
         if self.tolerance is not None or self.clustering != "automatic":
-            return _numbers(tiles)
+            return stored_numbers(tiles)
         # Not the weighted error: with and without Gram the arrangement is the same, and the Gram only
         # improves it.
         plain = independent_blocks(problem.plain, tiles, METHODS[self.method], _PLAIN)
@@ -428,10 +443,16 @@ class Hierarchical(Structure):
             names.append("blocks")
             checks.tensor_names(tensors.keys() & {"blocks"}, ["blocks"], str(self))
             tiles = _read_tiles(tensors["blocks"], shape)
-        numbers = BlockLayout(tiles).numbers()
+        layout = BlockLayout(tiles)
+        numbers = layout.numbers() | ({"chosen": layout.mask_bytes()} if layout.interpolative else {})
         checks.tensor_names(tensors.keys(), [*numbers, *names], str(self))
+        remedy = "load the file that belongs to this model"
         for name, number in numbers.items():
-            checks.shape(name, tensors[name].shape, (number,), "load the file that belongs to this model")
+            checks.shape(name, tensors[name].shape, (number,), remedy)
+        for index, mask in layout.masks(tensors.get("chosen")).items():
+            if int(mask.sum()) != tiles[index].rank:
+                expected = f"{tiles[index].rank} columns marked for block {index}"
+                raise ValueError(checks.fault("chosen", expected, int(mask.sum()), remedy))
         for name, size in (("row_order", rows), ("column_order", columns)):
             if name in tensors:
                 _check_order(name, tensors[name], size)
@@ -619,15 +640,18 @@ _LEAST_SCALE = 1e-12
 class HierarchicalMatrix(StructuredMatrix):
     """A member of `Hierarchical`.
 
-    Stores the flat tensors `strips`, `right` and `dense` in the order of `BlockLayout`, each where it has
-    numbers; `blocks` (tiles, 5), rows of (row, column, height, width, rank + 1; 0 for dense), where the
-    blocks do not follow from structure and shape; `row_order` and `column_order`, where the order is not the
-    weight's own. Integers below 65536 are stored as two bytes along a last axis.
+    Stores the flat tensors `strips`, `right`, `combinations`, `dense` and `chosen` in the order of
+    `BlockLayout`, each where there is something in it; `blocks` (tiles, 5), rows of (row, column, height,
+    width, rank + 1; 0 for dense), where the blocks do not follow from structure and shape; `row_order` and
+    `column_order`, where the order is not the weight's own. Integers below 65536 are stored as two bytes
+    along a last axis.
     """
 
     strips: nn.Parameter | None
     right: nn.Parameter | None
+    combinations: nn.Parameter | None
     dense: nn.Parameter | None
+    chosen: Tensor | None
     blocks: Tensor | None
     row_order: Tensor | None
     column_order: Tensor | None
@@ -637,6 +661,8 @@ class HierarchicalMatrix(StructuredMatrix):
     scatter_index: Tensor | None
     row_position: Tensor | None
     column_position: Tensor | None
+    own_columns: Tensor | None
+    other_columns: Tensor | None
 
     def __init__(
         self,
@@ -644,29 +670,41 @@ class HierarchicalMatrix(StructuredMatrix):
         shape: Shape,
         strips: Tensor | None = None,
         right: Tensor | None = None,
+        combinations: Tensor | None = None,
         dense: Tensor | None = None,
+        chosen: Tensor | None = None,
         blocks: Tensor | None = None,
         row_order: Tensor | None = None,
         column_order: Tensor | None = None,
     ) -> None:
         super().__init__(structure, shape)
-        for name, values in (("strips", strips), ("right", right), ("dense", dense)):
+        numbers = {"strips": strips, "right": right, "combinations": combinations, "dense": dense}
+        for name, values in numbers.items():
             self.register_parameter(name, None if values is None else nn.Parameter(values.contiguous()))
-        for name, values in (("blocks", blocks), ("row_order", row_order), ("column_order", column_order)):
+        kept = {"chosen": chosen, "blocks": blocks, "row_order": row_order, "column_order": column_order}
+        for name, values in kept.items():
             self._keep(name, None if values is None else values.contiguous(), persistent=True)
         tiles = structure._predicted_tiles(self.shape) if blocks is None else _read_tiles(blocks, self.shape)
         self.layout = BlockLayout(tiles or [])
-        self._make_indices()
-        self._program = _write_program(self.layout, self.outputs, self.inputs, *self.orders())
+        masks = self.layout.masks(None if chosen is None else chosen.cpu())
+        self._make_indices(masks)
+        self._program = _write_program(self.layout, self.outputs, self.inputs, *self.orders(), masks)
 
-    def _make_indices(self) -> None:
+    def _make_indices(self, masks: Mapping[int, Tensor]) -> None:
         """Derives the product's index tensors, which are not stored; None where one would change nothing."""
         layout = self.layout
         rows, columns = self.orders()
         taken = [stack.positions() for stack in layout.right_stacks]
-        gathered = columns[torch.cat([*taken, layout.dense_order()])]
+        starts = {index: self.tiles[index].columns.start for index in masks}
+        none = torch.empty(0, dtype=torch.int64)
+        own = torch.cat([none, *(mask.nonzero()[:, 0] + starts[index] for index, mask in masks.items())])
+        others = torch.cat([
+            none,
+            *((~mask).nonzero()[:, 0] + starts[index] for index, mask in masks.items()),
+        ])
+        gathered = columns[torch.cat([*taken, others, layout.dense_order(), own])]
         given = [rows[stack.positions()] for stack in (*layout.strip_stacks, *layout.dense_stacks)]
-        scattered = torch.cat([torch.empty(0, dtype=torch.int64), *given])
+        scattered = torch.cat([none, *given])
         once = torch.equal(scattered.sort().values, torch.arange(self.outputs))
         indices = {
             "gather_index": _unless_identity(gathered, self.inputs),
@@ -676,6 +714,9 @@ class HierarchicalMatrix(StructuredMatrix):
             "scatter_index": None if once else scattered,
             "row_position": None if self.row_order is None else rows.argsort(),
             "column_position": None if self.column_order is None else columns.argsort(),
+            # The columns that blocks are stored by, and their others, block after block.
+            "own_columns": own if masks else None,
+            "other_columns": others if masks else None,
         }
         device = next((tensor.device for tensor in self.state_dict().values()), None)
         for name, index in indices.items():
@@ -703,7 +744,8 @@ class HierarchicalMatrix(StructuredMatrix):
 
     def factors(self) -> list[Factors]:
         """The values of every tile, parts of the stored tensors."""
-        return self.layout.unpack({"strips": self.strips, "right": self.right, "dense": self.dense})
+        names = ("strips", "right", "combinations", "dense", "chosen")
+        return self.layout.unpack({name: getattr(self, name) for name in names})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.affine(x, None)
@@ -724,16 +766,29 @@ class HierarchicalMatrix(StructuredMatrix):
         if self.gather_index is not None:
             vectors = vectors.index_select(axis, self.gather_index)
         pieces: list[Tensor] = []
-        taken = sum(stack.count * stack.inputs for stack in layout.right_stacks)
-        if self.strips is not None and self.right is not None:
-            part = vectors.narrow(axis, 0, taken)
-            hidden = batched_products(layout.right_stacks, self.right, part, axis)
+        # In their order: what right factors take, what combinations take, what dense blocks take, and the
+        # inputs of chosen columns.
+        taken, others, straight = (
+            sum(stack.count * stack.inputs for stack in stacks)
+            for stacks in (layout.right_stacks, layout.combination_stacks, layout.dense_stacks)
+        )
+        if self.strips is not None:
+            hidden: list[Tensor] = []
+            if self.right is not None:
+                part = vectors.narrow(axis, 0, taken)
+                hidden += batched_products(layout.right_stacks, self.right, part, axis)
+            if self.combinations is not None:
+                part = vectors.narrow(axis, taken, others)
+                combined = batched_products(layout.combination_stacks, self.combinations, part, axis)
+                before = taken + others + straight
+                own = vectors.narrow(axis, before, vectors.shape[axis] - before)
+                hidden.append(torch.cat(combined, axis) + own)
             inner = hidden[0] if len(hidden) == 1 else torch.cat(hidden, axis)
             if self.inner_index is not None:
                 inner = inner.index_select(axis, self.inner_index)
             pieces += batched_products(layout.strip_stacks, self.strips, inner, axis)
         if self.dense is not None:
-            part = vectors.narrow(axis, taken, vectors.shape[axis] - taken)
+            part = vectors.narrow(axis, taken + others, straight)
             pieces += batched_products(layout.dense_stacks, self.dense, part, axis)
         if not pieces:  # every block is zero
             pieces.append(vectors.new_zeros((self.outputs, batch) if many else (batch, self.outputs)))
@@ -776,8 +831,17 @@ class HierarchicalMatrix(StructuredMatrix):
         order = layout.inner_order().to(positions.device)
         for stack, matrices, part in _with_parts(layout.strip_stacks, self.strips, order):
             inner = inner.scatter_add(1, *_picked(stack, matrices, part, positions))
-        parts = inner.split([stack.count * stack.outputs for stack in layout.right_stacks], dim=1)
-        for (stack, matrices), part in zip(batches(layout.right_stacks, self.right), parts, strict=True):
+        found = batches(layout.right_stacks, self.right)
+        targets = [stack.positions().to(positions.device) for stack in layout.right_stacks]
+        if self.own_columns is not None and self.other_columns is not None:
+            # A block's own column takes the coefficient as it is, the others take combinations.
+            own = inner[:, layout.inner_size - len(self.own_columns) :]
+            result = result.index_add(1, self.own_columns, own)
+            found += batches(layout.combination_stacks, self.combinations)
+            sizes = [stack.count * stack.inputs for stack in layout.combination_stacks]
+            targets += self.other_columns.split(sizes)
+        parts = inner.split([stack.count * stack.outputs for stack, _ in found], dim=1)
+        for (stack, matrices), part, target in zip(found, parts, targets, strict=True):
             coefficients = part.reshape(count, stack.count, stack.outputs).transpose(0, 1)
             product = (
                 torch
@@ -785,7 +849,7 @@ class HierarchicalMatrix(StructuredMatrix):
                 .transpose(0, 1)
                 .reshape(count, stack.count * stack.inputs)
             )
-            result = result.index_add(1, stack.positions().to(positions.device), product)
+            result = result.index_add(1, target, product)
         order = layout.dense_order().to(positions.device)
         for stack, matrices, part in _with_parts(layout.dense_stacks, self.dense, order):
             result = result.scatter_add(1, *_picked(stack, matrices, part, positions))
@@ -796,7 +860,7 @@ class HierarchicalMatrix(StructuredMatrix):
         return next(tensors).new_zeros(*size)
 
     def multiply_adds(self, geometry: Geometry | None = None) -> int:
-        return matrix_multiply_adds(_numbers(self.tiles), self.shape, geometry)
+        return matrix_multiply_adds(stored_numbers(self.tiles), self.shape, geometry)
 
     def picture(self) -> list[Rectangle]:
         """The blocks in the order of the trees, low-rank ones with their rank written in."""
@@ -809,25 +873,51 @@ class HierarchicalMatrix(StructuredMatrix):
         return rectangles
 
 
-def _write_program(layout: BlockLayout, outputs: int, inputs: int, rows: Tensor, columns: Tensor) -> Program:
+def _write_program(
+    layout: BlockLayout,
+    outputs: int,
+    inputs: int,
+    rows: Tensor,
+    columns: Tensor,
+    masks: Mapping[int, Tensor],
+) -> Program:
     """The product in two phases: inputs to the low-rank blocks' coefficients, then both to the outputs."""
+    # The first states are inputs: in the order of the columns, where that is another one; then for every
+    # block by its own columns these, and behind them its other columns.
+    straight = _unless_identity(columns, inputs)
+    gathered = [] if straight is None else [straight]
+    source = Space.INPUT if straight is None else Space.STATE
+    picked: dict[int, int] = {}
+    end = 0 if straight is None else inputs
+    for index, mask in masks.items():
+        picked[index] = end
+        own = columns[layout.tiles[index].columns]
+        gathered += [own[mask], own[~mask]]
+        end += len(own)
     # Each strip of the outputs is one step, with the parts of all blocks across it as segments: its sum is
     # complete before it is written, and written once.
     numbers = layout.numbers()
     index = {name: place for place, name in enumerate(numbers)}
-    hidden, position = [], 0
+    hidden, position = [], end
     for stack, start in _clusters_in_store(layout.right_stacks):
         for cluster in range(stack.count):
             segment = Segment(
                 index["right"],
                 start + cluster * stack.inputs * stack.outputs,
                 stack.outputs,
-                Space.INPUT,
+                source,
                 stack.starts[cluster],
                 stack.inputs,
             )
             hidden.append([Step(Space.STATE, position, stack.outputs, (segment,))])
             position += stack.outputs
+    for stack, start in _clusters_in_store(layout.combination_stacks):
+        for cluster, (tile,) in enumerate(stack.tiles):
+            begin, rank = start + cluster * stack.inputs * stack.outputs, stack.outputs
+            others = picked[tile] + rank
+            segment = Segment(index["combinations"], begin, rank, Space.STATE, others, stack.inputs)
+            hidden.append([Step(Space.STATE, position, rank, (segment,), picked[tile])])
+            position += rank
     # All that one strip of the outputs is the sum of.
     parts: dict[int, list[Segment]] = {strip.start: [] for strip in layout.strips}
     for name, stacks in (("strips", layout.strip_stacks), ("dense", layout.dense_stacks)):
@@ -835,7 +925,9 @@ def _write_program(layout: BlockLayout, outputs: int, inputs: int, rows: Tensor,
             for cluster, members in enumerate(stack.tiles):
                 begin = start + cluster * stack.inputs * stack.outputs
                 segments = parts[stack.starts[cluster]]
-                for space, offset, depth in _joined(_source(layout, member) for member in members):
+                for space, offset, depth in _joined(
+                    _source(layout, member, source, end) for member in members
+                ):
                     segments.append(Segment(index[name], begin, stack.extent, space, offset, depth))
                     begin += depth * stack.extent
     written = [
@@ -845,21 +937,22 @@ def _write_program(layout: BlockLayout, outputs: int, inputs: int, rows: Tensor,
     return write_program(
         inputs,
         outputs,
-        layout.inner_size,
+        end + layout.inner_size,
         list(numbers.values()),
         [hidden, written] if hidden else [written],
-        input_order=_unless_identity(columns, inputs),
+        gathered=torch.cat(gathered) if gathered else None,
         output_places=_unless_identity(rows.argsort(), outputs),
         names=numbers,
     )
 
 
-def _source(layout: BlockLayout, member: int) -> tuple[Space, int, int]:
+def _source(layout: BlockLayout, member: int, inputs: Space, inner: int) -> tuple[Space, int, int]:
     """Where the numbers stand that a tile's rows are multiplied by: space, offset, how many."""
+    # Inputs in the order of the columns stand in the space `inputs`, the first coefficient in state `inner`.
     tile = layout.tiles[member]
     if tile.rank is None:
-        return Space.INPUT, tile.columns.start, tile.width
-    return Space.STATE, layout.inner_start[member], tile.rank
+        return inputs, tile.columns.start, tile.width
+    return Space.STATE, inner + layout.inner_start[member], tile.rank
 
 
 def _clusters_in_store(stacks: Sequence[Stack]) -> Iterator[tuple[Stack, int]]:
@@ -917,14 +1010,6 @@ def _tile(block: Block, rank: int | None) -> Tile:
         rank = None
     return Tile(
         slice(block.rows.start, block.rows.stop), slice(block.columns.start, block.columns.stop), rank
-    )
-
-
-def _numbers(tiles: Iterable[Tile]) -> int:
-    """The real coefficients that the tiles store."""
-    return sum(
-        tile.height * tile.width if tile.rank is None else tile.rank * (tile.height + tile.width)
-        for tile in tiles
     )
 
 

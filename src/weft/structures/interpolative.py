@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from weft import checks
 from weft.kernels.block_sequence import Program, Segment, Space, Step, block_sequence_apply, write_program
+from weft.numerics.bit_mask import mask_bytes, packed, places_of, unpacked
 from weft.numerics.gram import BlockDiagonalGram
 from weft.numerics.maxvol import rows_of_large_volume
 from weft.numerics.nearest_low_rank import nearest_of_rank
@@ -77,7 +78,7 @@ class Interpolative(Structure):
 
     def predicted_cost(self, shape: Shape, element_size: int, geometry: Geometry | None = None) -> Cost:
         cost = super().predicted_cost(shape, element_size, geometry)
-        return replace(cost, bytes=cost.bytes + _mask_bytes(shape[0]))
+        return replace(cost, bytes=cost.bytes + mask_bytes(shape[0]))
 
     def resized(self, factor: float, shape: Shape) -> "Interpolative":
         return replace(self, rank=max(1, min(round(self.rank * factor), *matrix_shape(shape))))
@@ -102,7 +103,7 @@ class Interpolative(Structure):
         skeleton = (left[chosen].double() @ right.double()).mT.to(weight.dtype)
         others = ~_marked(chosen, shape=weight.shape)
         return InterpolativeMatrix(
-            self, weight.shape, skeleton, table[others].mT.to(weight.dtype), _packed(~others)
+            self, weight.shape, skeleton, table[others].mT.to(weight.dtype), packed(~others)
         )
 
     def initialise(
@@ -116,7 +117,7 @@ class Interpolative(Structure):
         combinations = torch.randn(self.rank, rest, dtype=dtype, generator=generator) / math.sqrt(self.rank)
         chosen = torch.arange(self.rank) * outputs // self.rank
         return InterpolativeMatrix(
-            self, shape, skeleton, combinations, _packed(_marked(chosen, shape=tuple(shape)))
+            self, shape, skeleton, combinations, packed(_marked(chosen, shape=tuple(shape)))
         )
 
     def from_tensors(self, shape: Shape, tensors: Mapping[str, Tensor]) -> "InterpolativeMatrix":
@@ -126,8 +127,8 @@ class Interpolative(Structure):
         checks.tensor_names(tensors.keys(), ["skeleton", "combinations", "chosen"], str(self))
         checks.shape("skeleton", tensors["skeleton"].shape, (inputs, self.rank), remedy)
         checks.shape("combinations", tensors["combinations"].shape, (self.rank, outputs - self.rank), remedy)
-        checks.shape("chosen", tensors["chosen"].shape, (_mask_bytes(outputs),), remedy)
-        count = int(_unpacked(tensors["chosen"], outputs).sum())
+        checks.shape("chosen", tensors["chosen"].shape, (mask_bytes(outputs),), remedy)
+        count = int(unpacked(tensors["chosen"], outputs).sum())
         if count != self.rank:
             raise ValueError(checks.fault("chosen", f"{self.rank} rows marked", count, remedy))
         return InterpolativeMatrix(self, shape, **tensors)
@@ -176,11 +177,10 @@ class InterpolativeMatrix(StructuredMatrix):
         self.skeleton = nn.Parameter(skeleton.contiguous())
         self.combinations = nn.Parameter(combinations.contiguous())
         self.register_buffer("chosen", chosen.contiguous())
-        marked = _unpacked(chosen, self.outputs)
+        marked = unpacked(chosen, self.outputs)
         # Where each row stands among the skeleton's, followed by the others.
-        places = torch.where(marked, marked.cumsum(0), structure.rank + (~marked).cumsum(0)) - 1
-        self.register_buffer("places", places, persistent=False)
-        self._program = _write_program(structure.rank, self.outputs, self.inputs, places.cpu())
+        self.register_buffer("places", places_of(marked), persistent=False)
+        self._program = _write_program(structure.rank, self.outputs, self.inputs, self.places.cpu())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.affine(x, None)
@@ -277,26 +277,7 @@ def _largest(shape: Shape) -> int:
     return max(1, min(matrix_shape(shape)) - 1)
 
 
-# -- which rows the skeleton has, one bit for each
-
-
-def _mask_bytes(outputs: int) -> int:
-    return -(-outputs // 8)
-
-
 def _marked(chosen: Tensor, *, shape: Shape) -> Tensor:
     marked = torch.zeros(shape[0], dtype=torch.bool, device=chosen.device)
     marked[chosen] = True
     return marked
-
-
-def _packed(marked: Tensor) -> Tensor:
-    bits = torch.zeros(_mask_bytes(len(marked)) * 8, dtype=torch.uint8, device=marked.device)
-    bits[: len(marked)] = marked
-    weights = 2 ** torch.arange(8, device=marked.device)
-    return (bits.reshape(-1, 8) * weights).sum(1).to(torch.uint8)
-
-
-def _unpacked(packed: Tensor, count: int) -> Tensor:
-    shifts = torch.arange(8, device=packed.device)
-    return ((packed[:, None] >> shifts) & 1).flatten()[:count].bool()
