@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <vector>
 
@@ -23,7 +24,7 @@ namespace {
 
 // What weft.kernels.dispatch expects of this library. Raised, in both places, by every change after which one of them
 // as it was before would make the other compute something else.
-constexpr int interface = 3;
+constexpr int interface = 4;
 
 template <typename T>
 T *at(std::uintptr_t address) {
@@ -89,6 +90,7 @@ struct Torch {
     PyObject *empty_strided;            // (sizes, strides, dtype) to a new tensor in host memory
     // Names.
     PyObject *dtype, *is_cpu, *requires_grad, *is_contiguous, *is_neg, *data_ptr, *shape, *level;
+    PyObject *modules, *parameters, *buffers, *matrix, *native_call;
 };
 
 Torch torch;  // nothing is known until know_torch
@@ -126,6 +128,11 @@ void know_torch(nb::object tensor, nb::object parameter, nb::object float32, nb:
     torch.is_neg = PyUnicode_InternFromString("is_neg");
     torch.data_ptr = PyUnicode_InternFromString("data_ptr");
     torch.shape = PyUnicode_InternFromString("shape");
+    torch.modules = PyUnicode_InternFromString("_modules");
+    torch.parameters = PyUnicode_InternFromString("_parameters");
+    torch.buffers = PyUnicode_InternFromString("_buffers");
+    torch.matrix = PyUnicode_InternFromString("matrix");
+    torch.native_call = PyUnicode_InternFromString("native_call");
 }
 
 // 1 where `found`, whose reference it takes, is `wanted`, 0 where it is not, -1 with an exception set.
@@ -625,6 +632,93 @@ PyObject *codewords_apply(PyObject *, PyObject *const *given, Py_ssize_t count) 
     });
 }
 
+PyObject *functions;  // this module's, by name
+
+// What an instance of nn.Module keeps itself, at a fraction of what attributes of such a class cost. Borrowed; null
+// where there is none, or with an exception set.
+class Kept {
+public:
+    explicit Kept(PyObject *module) : own_(module == nullptr ? nullptr : PyObject_GenericGetDict(module, nullptr)) {
+        parameters_ = in(own_.get(), torch.parameters);
+        buffers_ = in(own_.get(), torch.buffers);
+    }
+    PyObject *attribute(PyObject *name) const { return in(own_.get(), name); }
+    PyObject *module(PyObject *name) const { return in(attribute(torch.modules), name); }
+    PyObject *first_parameter() const {
+        PyObject *name = nullptr, *first = nullptr;
+        Py_ssize_t place = 0;
+        if (parameters_ == nullptr || !PyDict_Check(parameters_)) return nullptr;
+        return PyDict_Next(parameters_, &place, &name, &first) ? first : nullptr;
+    }
+    // What a parametrisation computes is in none of them.
+    PyObject *kept(PyObject *name) const {
+        for (PyObject *place : {parameters_, buffers_, own_.get()})
+            if (PyObject *found = in(place, name)) return found;
+        return nullptr;
+    }
+
+private:
+    static PyObject *in(PyObject *place, PyObject *name) {
+        return place != nullptr && PyDict_Check(place) ? PyDict_GetItemWithError(place, name) : nullptr;
+    }
+    Owned own_;
+    PyObject *parameters_, *buffers_;
+};
+
+template <std::size_t size>
+bool is_word(PyObject *text, const char (&word)[size]) {
+    return PyUnicode_GET_LENGTH(text) == size - 1 && PyUnicode_IS_ASCII(text) &&
+           std::memcmp(PyUnicode_DATA(text), word, size - 1) == 0;
+}
+
+constexpr Py_ssize_t most_arguments = 12;  // x and the name of the function included
+
+// apply_layer(layer, x): what weft.layers.linear computes, by the matrix's `native_call`: a function of this module
+// and its arguments after x, where a name stands for what the matrix keeps under it, "bias" for the layer's and
+// "threads" for their number. None where the matrix has no such call or something stands between it and its tensors.
+PyObject *apply_layer(PyObject *, PyObject *const *given, Py_ssize_t count) {
+    if (wrong_count(count, 2, "layer, x")) return nullptr;
+    const Kept layer(given[0]);
+    const Kept matrix(layer.module(torch.matrix));
+    PyObject *call = matrix.attribute(torch.native_call);
+    if (call == nullptr || call == Py_None) {
+        if (PyErr_Occurred() != nullptr) return nullptr;
+        Py_RETURN_NONE;
+    }
+    if (!PyTuple_Check(call) || PyTuple_GET_SIZE(call) < 1 || PyTuple_GET_SIZE(call) > most_arguments) {
+        PyErr_SetString(PyExc_TypeError, "expected native_call to be a function's name and its arguments after x");
+        return nullptr;
+    }
+    PyObject *function = PyDict_GetItemWithError(functions, PyTuple_GET_ITEM(call, 0));
+    if (function == nullptr) {
+        if (PyErr_Occurred() == nullptr) PyErr_SetObject(PyExc_KeyError, PyTuple_GET_ITEM(call, 0));
+        return nullptr;
+    }
+    // In training the function would decline only after many questions, which a small layer feels.
+    const int recording = is(PyObject_CallNoArgs(torch.is_grad_enabled), Py_True);
+    if (recording < 0) return nullptr;
+    if (PyObject *first = matrix.first_parameter(); recording == 1 && first != nullptr && first != Py_None) {
+        const int needed = is(PyObject_GetAttr(first, torch.requires_grad), Py_True);
+        if (needed < 0) return nullptr;
+        if (needed == 1) Py_RETURN_NONE;
+    }
+    // Held: while the product runs, another thread may exchange what the modules keep.
+    PyObject *arguments[most_arguments] = {Py_NewRef(given[1])};
+    Py_ssize_t taken = 1;
+    bool found = true;
+    for (; found && taken < PyTuple_GET_SIZE(call); ++taken) {
+        PyObject *argument = PyTuple_GET_ITEM(call, taken);
+        if (!PyUnicode_Check(argument)) arguments[taken] = Py_NewRef(argument);
+        else if (is_word(argument, "threads")) arguments[taken] = PyObject_CallNoArgs(torch.get_num_threads);
+        else arguments[taken] = Py_XNewRef((is_word(argument, "bias") ? layer : matrix).kept(argument));
+        found = arguments[taken] != nullptr;
+    }
+    PyObject *result = found ? PyObject_Vectorcall(function, arguments, static_cast<std::size_t>(taken), nullptr)
+                       : PyErr_Occurred() != nullptr ? nullptr : Py_NewRef(Py_None);
+    for (Py_ssize_t i = 0; i < taken; ++i) Py_XDECREF(arguments[i]);
+    return result;
+}
+
 // Bound without nanobind, whose variable arguments would become a tuple on every call.
 template <PyObject *(*function)(PyObject *, PyObject *const *, Py_ssize_t)>
 PyMethodDef fast(const char *name, const char *description) {
@@ -650,12 +744,14 @@ PyMethodDef fast_functions[] = {
     fast<codewords_apply>("codewords_apply",
                           "(x, codes, words, scales, bias, subspaces, threads) to x Ŵᵀ + bias for rows "
                           "put together from codewords."),
+    fast<apply_layer>("apply_layer", "(layer, x) to the layer's result by its matrix's native_call, or None."),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 NB_MODULE(_native, module) {
     PyModule_AddFunctions(module.ptr(), fast_functions);
+    functions = PyModule_GetDict(module.ptr());
     module.def("know_torch", &know_torch, "Takes what the guard asks torch for.");
     module.attr("interface") = interface;
     module.def("instructions", &weft::instructions_name, "Name of the instruction set in use.");

@@ -14,18 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.parametrize import register_parametrization
 
 import weft
 from tests.examples import Example, each_example
+from weft.kernels import dispatch
 from weft.layers.base import StructuredLayer, harden, relax
 from weft.layers.convolution import StructuredConvolution, geometry_of
 from weft.layers.embedding import StructuredEmbedding
 from weft.layers.linear import StructuredLinear
 from weft.layers.replace import dense_weight, refusal, replace_layer, structured_layer
 from weft.measure import network_cost
-from weft.structures.base import Shape, StructuredMatrix, matrix_shape
+from weft.structures.base import Shape, Structure, StructuredMatrix, matrix_shape
 from weft.structures.dense import Dense, DenseMatrix
+from weft.structures.hierarchical import Hierarchical
+from weft.structures.interpolative import Interpolative
 from weft.structures.low_rank import LowRank
+from weft.structures.quantized import Quantized
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -400,6 +405,63 @@ def test_modes_and_frozen_weights_are_kept(training: bool) -> None:
     assert all(parameter.requires_grad for parameter in small[2].matrix.parameters())
     assert not small[2].bias.requires_grad
     assert small[2].matrix.training == training
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return 2 * tensor
+
+
+DIRECT = [LowRank(2), Hierarchical(rank=1, leaf_size=4), Quantized(4), Interpolative(3)]
+
+
+@pytest.mark.parametrize("structure", DIRECT, ids=str)
+def test_a_linear_layer_sees_what_parametrisations_and_pruning_make_of_its_tensors(
+    structure: Structure,
+) -> None:
+    x, weight, bias = torch.randn(3, 12), torch.randn(10, 12), torch.randn(10)
+    for name, _ in structure.fit(weight).named_parameters():
+        layer = StructuredLinear(structure.fit(weight), bias.clone())
+        register_parametrization(layer.matrix, name, Doubled())
+        register_parametrization(layer, "bias", Doubled())
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), F.linear(x, layer.matrix.to_dense(), 2 * bias))
+        layer = StructuredLinear(structure.fit(weight), bias.clone())
+        prune.l1_unstructured(layer.matrix, name, 0.5)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), F.linear(x, layer.matrix.to_dense(), bias))
+
+
+@pytest.mark.parametrize("structure", DIRECT, ids=str)
+def test_a_linear_layer_follows_gradients_modes_compilers_and_new_tensors(structure: Structure) -> None:
+    x = torch.randn(3, 12)
+    layer = StructuredLinear(structure.fit(torch.randn(10, 12)), torch.randn(10))
+    assert layer(x).requires_grad
+    with torch.no_grad():
+        expected = layer(x)
+        with torch.autocast("cpu"):
+            layer(x)
+        torch.testing.assert_close(torch.vmap(layer)(x), expected)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        swapped = torch.func.functional_call(layer, {"bias": torch.zeros(10)}, (x,))
+        torch.testing.assert_close(swapped, expected - layer.bias)
+        layer.bias = None
+        torch.testing.assert_close(layer(x), swapped)
+        with pytest.raises(ValueError, match="12"):
+            layer(torch.randn(3, 11))
+
+
+@pytest.mark.skipif(dispatch.native is None, reason="this process runs the reference")
+def test_a_native_call_that_cannot_be_made_says_so() -> None:
+    layer, x = StructuredLinear(LowRank(2).fit(torch.randn(5, 4))), torch.randn(4)
+    for call, error in {("no_function",): KeyError, ("low_rank_apply",): TypeError, (): TypeError}.items():
+        layer.matrix.native_call = call
+        with torch.no_grad(), pytest.raises(error):
+            layer(x)
+    layer.requires_grad_(requires_grad=False)
+    layer.matrix.native_call = ("low_rank_apply", "left", "missing", "bias", "threads")
+    assert dispatch.native.apply_layer(layer, x) is None
 
 
 def test_hooks_of_every_kind_are_kept() -> None:

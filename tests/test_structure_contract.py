@@ -22,6 +22,8 @@ from tests.examples import (
     each_family,
     each_shape,
 )
+from weft.kernels import dispatch
+from weft.layers.linear import StructuredLinear
 from weft.structures import families, from_json
 from weft.structures.base import (
     BlockDiagonalGram,
@@ -150,6 +152,20 @@ def test_affine_adds_the_bias(example: Example, shape: Shape) -> None:
     x = torch.randn(4, member.inputs, dtype=torch.float64)
     bias = torch.randn(member.outputs, dtype=torch.float64)
     torch.testing.assert_close(member.affine(x, bias), member(x) + bias)
+
+
+@each_example
+@each_shape
+def test_a_linear_layer_gives_what_affine_gives(example: Example, shape: Shape) -> None:
+    """By the family's `native_call` where it has one, which must then be taken."""
+    member = member_of(example, shape)
+    layer = StructuredLinear(member, torch.randn(member.outputs))
+    x = torch.randn(3, member.inputs, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = member.affine(x, layer.bias)
+        assert torch.equal(layer(x), expected)
+        if dispatch.native is not None and member.native_call is not None and len(shape) == 2:
+            assert torch.equal(dispatch.native.apply_layer(layer, x), expected)
 
 
 @each_example

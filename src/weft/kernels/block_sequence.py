@@ -89,6 +89,11 @@ class Program:
     words: bytes
     code: Tensor
 
+    @property
+    def native_call(self) -> tuple[Any, ...]:
+        """The product of a module that keeps the flat tensors as parameters; see `StructuredMatrix`."""
+        return "block_sequence_apply", "bias", "_parameters", self.names, self.words
+
 
 _HEAD = 10
 # Bound once, as looking names up costs more than calling them.

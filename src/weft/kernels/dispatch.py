@@ -26,7 +26,7 @@ __all__ = [
 
 
 # The native library's that this code was written for: see native/bindings.cpp.
-_INTERFACE = 3
+_INTERFACE = 4
 
 
 def _without(what: str, briefly: str) -> str:

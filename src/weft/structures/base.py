@@ -640,6 +640,10 @@ class StructuredMatrix(nn.Module, ABC):
         structure: the family with its sizes as they came out; a tolerance has become ranks where the family
             has them.
         shape: the weight's own shape, (outputs, inputs) or (outputs, channels, *kernel).
+        native_call: how a linear layer has the native library compute what `affine` gives, without a frame of
+            Python's: one of its functions and the arguments after x. Names stand for what the member keeps
+            under them, "bias" for the layer's and "threads" for their number. Where the function declines,
+            `affine` runs. None, or replaced in a subclass with another `affine`, for `affine` alone.
     """
 
     structure: "Structure"
@@ -650,6 +654,7 @@ class StructuredMatrix(nn.Module, ABC):
         self.structure = structure
         self.shape = tuple(int(size) for size in shape)
         self.outputs, self.inputs = matrix_shape(self.shape)
+        self.native_call: tuple[Any, ...] | None = None
         self._derived: dict[str, tuple[list[tuple[Tensor, int]], Any]] = {}
 
     @abstractmethod

@@ -689,6 +689,7 @@ class HierarchicalMatrix(StructuredMatrix):
         masks = self.layout.masks(None if chosen is None else chosen.cpu())
         self._make_indices(masks)
         self._program = _write_program(self.layout, self.outputs, self.inputs, *self.orders(), masks)
+        self.native_call = self._program.native_call
 
     def _make_indices(self, masks: Mapping[int, Tensor]) -> None:
         """Derives the product's index tensors, which are not stored; None where one would change nothing."""

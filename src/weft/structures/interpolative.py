@@ -181,6 +181,7 @@ class InterpolativeMatrix(StructuredMatrix):
         # Where each row stands among the skeleton's, followed by the others.
         self.register_buffer("places", places_of(marked), persistent=False)
         self._program = _write_program(structure.rank, self.outputs, self.inputs, self.places.cpu())
+        self.native_call = self._program.native_call
 
     def forward(self, x: Tensor) -> Tensor:
         return self.affine(x, None)

@@ -177,6 +177,7 @@ class LowRankMatrix(StructuredMatrix):
         super().__init__(structure, shape)
         self.left = nn.Parameter(left.contiguous())
         self.right = nn.Parameter(right.contiguous())
+        self.native_call = ("low_rank_apply", "left", "right", "bias", "threads")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.affine(x, None)

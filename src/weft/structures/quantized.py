@@ -820,6 +820,9 @@ class _UniformMatrix(QuantizedMatrix):
         else:
             fixed = torch.full(size, zero, dtype=self.scales.dtype, device=codes.device)
             self.register_buffer("zeros", fixed, persistent=False)
+        group, int8 = structure.group or self.inputs, structure.activations == "int8"
+        sizes = (structure.bits, group, self.inputs, int8)
+        self.native_call = ("quantized_apply", *self._read, "bias", *sizes, "threads")
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
         kind, inputs = self.kind, self.inputs
@@ -850,6 +853,9 @@ class _CodebookMatrix(QuantizedMatrix):
     def __init__(self, structure: Quantized, shape: Shape, codes: Tensor, codebook: Tensor) -> None:
         super().__init__(structure, shape, codes)
         self.codebook = nn.Parameter(codebook.contiguous())
+        if structure.bits <= _MOST_LOOKED_UP_BITS:
+            sizes = (structure.bits, self.inputs)
+            self.native_call = ("codebook_apply", "codes", "codebook", "bias", *sizes, "threads")
 
     def affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.kind.bits > _MOST_LOOKED_UP_BITS and x.dtype in {torch.float32, torch.float64}:

@@ -448,6 +448,7 @@ class SequentiallySemiseparableMatrix(StructuredMatrix):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.contiguous()))
         self._program = _write_program(self._roles, self._above, self._left)
+        self.native_call = self._program.native_call
 
     @classmethod
     def from_realisation(
