@@ -435,6 +435,22 @@ PyObject *low_rank_apply(PyObject *, PyObject *const *given, Py_ssize_t count) {
 
 constexpr Py_ssize_t most_matrices = 8;
 
+// References to a product's matrices, given back at the end of its scope.
+class Held {
+public:
+    Held() = default;
+    Held(const Held &) = delete;
+    Held &operator=(const Held &) = delete;
+    ~Held() {
+        while (count_ > 0) Py_DECREF(objects_[--count_]);
+    }
+    void hold(PyObject *object) { objects_[count_++] = Py_NewRef(object); }
+
+private:
+    PyObject *objects_[most_matrices];
+    Py_ssize_t count_ = 0;
+};
+
 // The matrix at a place of `matrices`: a list or tuple of them, or a dictionary and the names in it. Borrowed; null
 // where there is none.
 PyObject *matrix_at(PyObject *matrices, PyObject *names, Py_ssize_t place) {
@@ -475,6 +491,7 @@ PyObject *block_sequence_apply(PyObject *, PyObject *const *given, Py_ssize_t co
     const Plain x = arguments.tensor(given[0], Numbers::floating);
     const std::uintptr_t bias = arguments.optional(given[1], outputs, x.half);
     const void *addresses[most_matrices] = {};
+    Held held;  // another thread may exchange what a dictionary keeps while the product runs
     const Py_ssize_t matrix_count = matrices_given(matrices, names);
     arguments.require(matrix_count == code[weft::program::matrices] && matrix_count <= most_matrices);
     for (Py_ssize_t i = 0; i < matrix_count; ++i) {
@@ -483,6 +500,7 @@ PyObject *block_sequence_apply(PyObject *, PyObject *const *given, Py_ssize_t co
         if (found == nullptr && PyErr_Occurred() != nullptr) return nullptr;
         arguments.require(found != nullptr);  // a parametrisation computes it
         if (!arguments.serve()) return arguments.declined();
+        held.hold(found);
         const Plain matrix = arguments.tensor(found, Numbers::floating);
         arguments.require(matrix.count() == sizes[i] && matrix.half == x.half);
         addresses[i] = at<const void>(matrix.data);

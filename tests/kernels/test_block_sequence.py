@@ -1,13 +1,16 @@
 """Programs of block products: native against float64, stale weights, wrong sizes, compilers, threads."""
 
 import copy
+import math
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from weft.kernels import block_sequence, dispatch
 from weft.kernels.block_sequence import Segment, Space, Step, write_program
@@ -509,6 +512,27 @@ def test_eight_threads_at_once_get_their_own_results(name):
     with ThreadPoolExecutor(8) as executor:
         for results, right in zip(executor.map(work, cases), expected, strict=True):
             assert all(torch.equal(result, right) for result in results)
+
+
+@needs_native
+def test_a_product_keeps_the_weights_that_another_thread_exchanges():
+    member = Hierarchical(rank=30, leaf_size=64).initialise((1024, 1024)).requires_grad_(False)
+    x, values = torch.randn(64, 1024), member.strips.clone()
+    expected, ended = member(x), threading.Event()
+
+    def exchange():
+        while not ended.is_set():
+            member._parameters["strips"] = nn.Parameter(values.clone(), requires_grad=False)
+            torch.full_like(values, math.nan)  # likely in the memory that was given back
+
+    with ThreadPoolExecutor(1) as executor:
+        exchanging = executor.submit(exchange)
+        try:
+            wrong = sum(not torch.equal(member(x), expected) for _ in range(200))
+        finally:
+            ended.set()
+        exchanging.result()
+    assert wrong == 0
 
 
 @needs_native

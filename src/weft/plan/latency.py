@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import checks
+from weft.layers.linear import StructuredLinear
 from weft.measure import (
     Batch,
     call,
@@ -175,7 +176,9 @@ def layer_call(
         x, bias = random(calls, shape[1]), random(shape[0])
         if member is None:
             return lambda: F.linear(x, weight, bias), None
-        return lambda: member.affine(x, bias), member
+        # As a network calls it, but for what a call of any module costs, nn.Linear's too.
+        forward = StructuredLinear(member, bias).eval().forward
+        return lambda: forward(x), member
     size = geometry.input_size or (1,) * len(geometry.stride)
     images = random(calls, shape[1] * geometry.groups, *size)
     plain = replace(geometry, input_size=None)
