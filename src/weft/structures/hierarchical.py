@@ -112,7 +112,7 @@ class Hierarchical(Structure):
 
     Examples:
         >>> Hierarchical(rank=30).parameter_count((1000, 512))
-        200080
+        192880
     """
 
     source: ClassVar[str] = "Hackbusch 1999; Bebendorf 2000 (ACA); Amestoy et al. 2015 (block low rank)"
