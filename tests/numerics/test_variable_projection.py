@@ -62,7 +62,7 @@ def test_descent_ends_where_no_direction_descends(kind: str) -> None:
     if kind != "blocks":
         seen = weight if gram is None else gram.whiten(weight)
         values = np.linalg.svd(seen.numpy(), compute_uv=False)
-        assert error == pytest.approx(float((values[3:] ** 2).sum()), rel=1e-3)
+        assert error == pytest.approx(float((values[3:] ** 2).sum()), rel=1e-4)
     for seed in range(20):
         nearby = found.factors[0] + 1e-3 * drawn(3, 10, seed=100 + seed)
         moved = weight - solve_left(weight, nearby, gram) @ nearby

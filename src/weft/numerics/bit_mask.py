@@ -16,6 +16,21 @@ def mask_bytes(count: int) -> int:
     return -(-count // 8)
 
 
+def mask_of(chosen: Tensor, count: int) -> Tensor:
+    """Which of many things are among the chosen.
+
+    Args:
+        chosen: their indices.
+        count: how many things there are.
+
+    Returns:
+        The mask, shape (count,), bool.
+    """
+    marked = torch.zeros(count, dtype=torch.bool, device=chosen.device)
+    marked[chosen] = True
+    return marked
+
+
 def packed(marked: Tensor) -> Tensor:
     """Packs a mask into bytes, the first ones in the low bits of the first byte.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weft.numerics.bit_mask import mask_bytes, packed, places_of, unpacked
-from weft.numerics.maxvol import rows_of_large_volume
+from weft.numerics.maxvol import by_own_rows, with_identity
 
 _Depth = Callable[["Tile"], int]
 
@@ -275,7 +275,10 @@ class BlockLayout:
         lefts, rights = [value.left for value in values], [value.right for value in values]
         masks = []
         for index in _in_order(self.combination_stacks):
-            lefts[index], rights[index], marked = _by_own_columns(values[index])
+            # Its columns are the rows of its transpose.
+            right = values[index].right
+            assert right is not None
+            lefts[index], rights[index], marked = by_own_rows(right.mT, lefts[index].mT)
             masks.append(marked)
 
         def left_parts(stacks: Sequence[Stack]) -> list[Tensor]:
@@ -317,7 +320,8 @@ class BlockLayout:
         rights = self._views(self.right_stacks, tensors.get("right"), _inner_size, dim=1)
         rights |= self._views(self.combination_stacks, tensors.get("combinations"), _inner_size, dim=1)
         for index, marked in self.masks(tensors.get("chosen")).items():
-            rights[index] = [_with_identity(rights[index][0], marked)]
+            combinations = rights[index][0]
+            rights[index] = [with_identity(combinations, places_of(marked.to(combinations.device)))]
         blocks = self._views(self.dense_stacks, tensors.get("dense"), _width, dim=0)
         empty = next((tensor for tensor in tensors.values() if tensor is not None), torch.empty(0))
         values = []
@@ -388,23 +392,6 @@ def batched_products(stacks: Sequence[Stack], flat: Tensor, vectors: Tensor, axi
             columns = part.reshape(stack.count, stack.inputs, part.shape[1])
             products.append(torch.bmm(matrices.mT, columns).flatten(0, 1))
     return products
-
-
-def _by_own_columns(values: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """A block's chosen columns, what combinations of them the others are, and which they are, as a mask."""
-    assert values.right is not None
-    chosen, table = rows_of_large_volume(values.right.mT)
-    marked = torch.zeros(len(table), dtype=torch.bool, device=table.device)
-    marked[chosen] = True
-    # In full precision: the columns are stored as they are, and everything else builds on them.
-    columns = values.left.double() @ values.right[:, chosen].double()
-    return columns.to(values.left.dtype), table[~marked].mT.to(values.left.dtype), marked
-
-
-def _with_identity(combinations: Tensor, marked: Tensor) -> Tensor:
-    """The right factor that combinations of the chosen columns are a part of, shape (rank, width)."""
-    identity = torch.eye(len(combinations), dtype=combinations.dtype, device=combinations.device)
-    return torch.cat([identity, combinations], 1)[:, places_of(marked.to(combinations.device))]
 
 
 def _inner_size(tile: Tile) -> int:

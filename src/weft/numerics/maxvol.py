@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weft import checks
+from weft.numerics.bit_mask import mask_of
 from weft.numerics.svd import check_matrix
 
 
@@ -68,6 +69,38 @@ def rows_of_large_volume(left: Tensor, *, bound: float = 2.0) -> tuple[Tensor, T
         chosen[column] = row
     places = chosen.argsort()
     return chosen[places], _with_unit_rows(table[:, places], chosen[places])
+
+
+def by_own_rows(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A product of two factors as some of its own rows and the combinations that give the others.
+
+    Args:
+        left: L, shape (rows, rank).
+        right: R, shape (rank, columns).
+
+    Returns:
+        The chosen rows of L R as columns, (columns, rank), and for every other row its combination, (rank,
+        rows − rank), both in L's dtype; and which rows are chosen, a mask, (rows,).
+    """
+    chosen, table = rows_of_large_volume(left)
+    marked = mask_of(chosen, len(table))
+    # In full precision: the rows are stored as they are, and everything else builds on them.
+    own = (left[chosen].double() @ right.double()).mT
+    return own.to(left.dtype), table[~marked].mT.to(left.dtype), marked
+
+
+def with_identity(combinations: Tensor, places: Tensor) -> Tensor:
+    """Undoes the choice of `by_own_rows` for the left factor, a chosen row being one of the identity.
+
+    Args:
+        combinations: shape (rank, rows − rank).
+        places: where each row stands once the chosen ones come first, shape (rows,).
+
+    Returns:
+        The left factor's transpose, shape (rank, rows).
+    """
+    identity = torch.eye(len(combinations), dtype=combinations.dtype, device=combinations.device)
+    return torch.cat([identity, combinations], 1)[:, places]
 
 
 def _with_unit_rows(table: Tensor, chosen: Tensor) -> Tensor:

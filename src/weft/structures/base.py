@@ -819,9 +819,13 @@ class StructuredMatrix(nn.Module, ABC):
 
     def _indices(self) -> dict[str, Tensor]:
         """Its own stored tensors of whole numbers."""
-        own = self.state_dict().keys() & self._buffers.keys()
-        found = {name: tensor for name in sorted(own) if (tensor := self._buffers[name]) is not None}
-        return {name: tensor for name, tensor in found.items() if not tensor.is_floating_point()}
+        return {
+            name: tensor
+            for name, tensor in self._buffers.items()
+            if tensor is not None
+            and name not in self._non_persistent_buffers_set
+            and not tensor.is_floating_point()
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_derived": {}}

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from weft import checks
 from weft.kernels.block_sequence import Program, Segment, Space, Step, block_sequence_apply, write_program
-from weft.numerics.bit_mask import mask_bytes, packed, places_of, unpacked
+from weft.numerics.bit_mask import mask_bytes, mask_of, packed, places_of, unpacked
 from weft.numerics.gram import BlockDiagonalGram
-from weft.numerics.maxvol import rows_of_large_volume
+from weft.numerics.maxvol import by_own_rows, with_identity
 from weft.numerics.nearest_low_rank import nearest_of_rank
 from weft.structures.base import (
     Candidate,
@@ -98,13 +98,8 @@ class Interpolative(Structure):
         left, right = nearest_of_rank(
             weight.flatten(1), self.rank, input_gram=input_gram, output_gram=output_gram
         )
-        chosen, table = rows_of_large_volume(left)
-        # The product in full precision: the rows are stored as they are, and everything else builds on them.
-        skeleton = (left[chosen].double() @ right.double()).mT.to(weight.dtype)
-        others = ~_marked(chosen, shape=weight.shape)
-        return InterpolativeMatrix(
-            self, weight.shape, skeleton, table[others].mT.to(weight.dtype), packed(~others)
-        )
+        skeleton, combinations, marked = by_own_rows(left, right)
+        return InterpolativeMatrix(self, weight.shape, skeleton, combinations, packed(marked))
 
     def initialise(
         self, shape: Shape, *, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
@@ -116,9 +111,7 @@ class Interpolative(Structure):
         rest = outputs - self.rank
         combinations = torch.randn(self.rank, rest, dtype=dtype, generator=generator) / math.sqrt(self.rank)
         chosen = torch.arange(self.rank) * outputs // self.rank
-        return InterpolativeMatrix(
-            self, shape, skeleton, combinations, packed(_marked(chosen, shape=tuple(shape)))
-        )
+        return InterpolativeMatrix(self, shape, skeleton, combinations, packed(mask_of(chosen, outputs)))
 
     def from_tensors(self, shape: Shape, tensors: Mapping[str, Tensor]) -> "InterpolativeMatrix":
         self.check(shape)
@@ -212,8 +205,7 @@ class InterpolativeMatrix(StructuredMatrix):
 
     def _left(self) -> Tensor:
         """The left factor that the skeleton's rows are those of the identity in, shape (outputs, rank)."""
-        identity = torch.eye(self.skeleton.shape[1], dtype=self.skeleton.dtype, device=self.skeleton.device)
-        return torch.cat([identity, self.combinations.mT])[self.places]
+        return with_identity(self.combinations, self.places).mT
 
     def to_dense(self) -> Tensor:
         return (self._left() @ self.skeleton.mT).reshape(self.shape)
@@ -276,9 +268,3 @@ def _multiply_adds(rank: int, outputs: int, inputs: int, shape: Shape, geometry:
 def _largest(shape: Shape) -> int:
     """The largest rank below the full one, at least 1: each stores fewer numbers than the dense weight."""
     return max(1, min(matrix_shape(shape)) - 1)
-
-
-def _marked(chosen: Tensor, *, shape: Shape) -> Tensor:
-    marked = torch.zeros(shape[0], dtype=torch.bool, device=chosen.device)
-    marked[chosen] = True
-    return marked
